@@ -1,0 +1,237 @@
+"""ALFWorld (text): six kinds of household task, played through TextWorld's PDDL engine.
+
+    env = make("valid_seen", 0)
+    observation, info = env.reset()
+    observation, reward, terminated, truncated, info = env.step("go to desk 1")
+
+observation  str: the room at reset, later the engine's feedback. The task is in `info`, not here.
+reward       1.0 on the step that wins, else 0.0.
+terminated   the goal is reached (`info["won"]`); a game cannot be lost.
+truncated    `max_steps` steps were taken without winning.
+info         task (str, what follows "Your task is to: "), task_type (str, one of TASK_TYPES), admissible (list[str]),
+             won (bool), score (float, 0 or 1), gamefile (str). All six at every turn, in new objects.
+
+An action must equal an admissible one; any other answers "Nothing happens." and costs a step.
+
+Data:    $ALFWORLD_DATA, or ~/.cache/alfworld, as `alfworld-download` leaves it. The engine evaluates the expressions of
+         a game's grammar: load only files you trust.
+Package: textworld[pddl] (requirements-alfworld.txt), imported at the first reset. The alfworld package is not needed.
+
+Differences from alfworld's own AlfredTWEnv:
+ 1. A split is a sorted list of games, one env per game, in place of a shuffled endless stream.
+ 2. The observation has neither the title line nor the task sentence; "help" is not among the admissible actions.
+ 3. `won` and the step limit are told apart, and `gamefile` is present at every step, not at reset only.
+ 4. The expert follows the game's stored walkthrough: no planner (minutes on some games), no hand-coded agent.
+"""
+import contextlib
+import functools
+import json
+import os
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+IN_PROCESS = False  # The engine crashes in threads. Several envs of one process, stepped in turn, get along.
+SPLITS = ("train", "valid_seen", "valid_unseen")
+TASK_TYPES = ("pick_and_place_simple", "look_at_obj_in_light", "pick_clean_then_place_in_recep",
+              "pick_heat_then_place_in_recep", "pick_cool_then_place_in_recep", "pick_two_obj_and_place")
+
+TITLE, TASK, NOTHING = "-= Welcome to TextWorld, ALFRED! =-", "Your task is to: ", "Nothing happens."
+DEEDS = ("take", "move", "clean", "heat", "cool", "use")  # the verbs that complete a subgoal
+LOOKS = ("look", "inventory", "examine", "help")          # the verbs that change nothing
+SOLVABLE = re.compile(rb'"solvable":\s*true')             # much cheaper than parsing some thousand 80 kB files
+
+# Engines of closed envs, waiting for another game. Each new one maps its own copy of the planner's library, which is
+# never freed (about 2.5 MB) and crashes when unloaded by force; one that loads game after game does not grow.
+_idle = []
+
+
+def size(split):
+    """Number of playable games of a split. Errors: see `games`."""
+    return len(games(split))
+
+
+def make(split="train", index=0, max_steps=50):
+    """The env of game `index`, 0 <= index < size(split); the same game each time.
+
+    IndexError: there is no such game. Others: see `games` and `AlfworldEnv`."""
+    files = games(split)
+    if not 0 <= index < len(files):
+        raise IndexError(f"index {index} is outside split {split!r}, which has {len(files)} games")
+    return AlfworldEnv(files[index], max_steps)
+
+
+def games(split):
+    """Sorted paths of the solvable games of the six task types: a tuple of str.
+
+    ValueError: unknown split. RuntimeError: the data folder or its games are missing."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown ALFWorld split {split!r}: choose one of {', '.join(SPLITS)}")
+    named = os.environ.get("ALFWORLD_DATA")
+    data = Path(named or "~/.cache/alfworld").expanduser()
+    folder = data / "json_2.1.1" / split
+    if not folder.is_dir():
+        why = "" if named else "ALFWORLD_DATA is not set and "
+        raise RuntimeError(f"{why}there is no folder {folder}: download the data with `alfworld-download`, then set "
+                           "ALFWORLD_DATA to the folder that holds json_2.1.1")
+    return _scan(folder)
+
+
+@functools.lru_cache(maxsize=None)
+def _scan(folder):
+    """The playable games below `folder`, one split. Seconds for the 3553 training games, so once per process."""
+    found = sorted(map(str, folder.rglob("game.tw-pddl")))
+    playable = tuple(file for file in found if task_type(file) in TASK_TYPES  # the seventh type moves receptacles,
+                     and "Sliced" not in Path(file).parts[-3]                 # which like slicing the text games lack
+                     and SOLVABLE.search(Path(file).read_bytes()))
+    if not playable:
+        raise RuntimeError(f"0 playable games in {folder}, which holds {len(found)} game.tw-pddl files: "
+                           "complete the data with `alfworld-download`")
+    return playable
+
+
+def task_type(gamefile):
+    """The task type, one of TASK_TYPES for a playable game: <task type>-<object>-.../<trial>/game.tw-pddl."""
+    return Path(gamefile).parts[-3].split("-")[0]
+
+
+def names(ids):
+    """PDDL identifiers to the names that players read: {"mug_bar__plus_00_dot_1": "mug 1", "agent1": "agent1", ...}.
+
+    An identifier is a kind and a position, joined by "_bar_". Objects of a kind are numbered from 1, the last
+    identifier in sorted order first, as alfworld does without domain randomization. A basin is not its sink."""
+    seen, named = Counter(), {}
+    for identifier in sorted(ids, reverse=True):
+        kind, bar, _ = identifier.partition("_bar_")
+        if bar:
+            kind += "basin" * ("basin" in identifier)
+            seen[kind] += 1
+        named[identifier] = f"{kind} {seen[kind]}" if bar else kind
+    return named
+
+
+class AlfworldEnv:
+    """One game; Gymnasium's signatures.
+
+    gamefile   path of a game.tw-pddl
+    max_steps  step limit, after which the episode is truncated
+
+    RuntimeError: the game is not solvable or of the older release; at the first reset, textworld cannot be used."""
+
+    def __init__(self, gamefile, max_steps=50):
+        self.gamefile, self.max_steps = str(gamefile), max_steps
+        self._game = json.loads(Path(gamefile).read_text(encoding="utf-8"))
+        self._engine, self._steps, self._plan = None, None, ()  # _steps is None where no episode is running
+        if not self._game.get("solvable"):
+            raise RuntimeError(f"{gamefile} is not marked solvable: winning it may be impossible, so it is not played")
+        if '"move {o} to {r}"' not in self._game["grammar"]:
+            raise RuntimeError(f"{gamefile} is of the older data release (`put X in/on Y`, today `move X to Y`): "
+                               "update the data with alfworld 0.4 or newer, `alfworld-download -f`")
+
+    def reset(self, seed=None):
+        """Begin the game: (observation, info). `seed` is accepted and ignored, nothing in a game is random."""
+        with _argv_kept():
+            if self._engine is None:
+                engine = _idle.pop() if _idle else _new_engine()
+                engine.load(self._game)
+                for identifier, name in names(engine._entity_infos).items():
+                    engine._entity_infos[identifier].name = name
+                self._engine = engine
+            state = self._engine.reset()
+        self._steps = 0
+        self._plan, self._at, self._place, self._finished = tuple(self._game.get("walkthrough") or ()), 0, None, False
+        room, _, task = state.feedback.partition(TASK)
+        self._task = task.strip()
+        return room.replace(TITLE, "").strip(), self._info(state)
+
+    def step(self, action):
+        """Play one action: (observation, reward, terminated, truncated, info).
+
+        RuntimeError: no episode is running, because reset was not called, or not since the last one ended."""
+        if self._steps is None:
+            raise RuntimeError("no episode is running: call reset() before step()")
+        state, _, _ = self._engine.step(action)
+        won, observation = bool(state.won), state.feedback.strip()
+        self._follow(action.strip(), observation)
+        self._steps += 1
+        truncated = not won and self._steps >= self.max_steps
+        if won or truncated:
+            self._steps = None
+        return observation, float(won), won, truncated, self._info(state)
+
+    def close(self):
+        """End the episode and lend the engine to the next env of this process. A later reset starts over."""
+        if self._engine is not None:
+            _idle.append(self._engine)
+        self._engine, self._steps, self._plan = None, None, ()
+
+    def expert(self, subgoal):
+        """What a demonstrator does now who carries `subgoal`: (switch, subgoal, action), or None where it cannot say.
+
+        It follows the walkthrough. Going, opening and closing belong to the deed that comes next, and that deed,
+        without numbers, is the subgoal. `switch` is True where the subgoal changes or the last step completed one.
+        After a stray `go to` it walks back; after any other departure that changed the world it says None until the
+        next reset."""
+        coming = self._plan[self._at:] if self._steps is not None else ()
+        if not coming:
+            return None
+        action = coming[0]
+        place = next((a for a in reversed(self._plan[:self._at]) if a.startswith("go to ")), None)
+        if not action.startswith("go to ") and place != self._place:
+            action = place or action
+        wanted = _subgoal(next((a for a in coming if _verb(a) in DEEDS), coming[-1]))
+        return self._finished or wanted != subgoal, wanted, action
+
+    def _follow(self, action, observation):
+        """Keep the expert's position in the walkthrough."""
+        self._finished = False
+        if observation == NOTHING:
+            return
+        if self._plan[self._at:self._at + 1] == (action,):
+            self._at += 1
+            self._finished = _verb(action) in DEEDS
+        elif _verb(action) not in (*LOOKS, "go"):
+            self._plan = ()
+        if _verb(action) == "go":
+            self._place = action
+
+    def _info(self, state):
+        return {"task": self._task, "task_type": task_type(self.gamefile),
+                "admissible": [a for a in state.admissible_commands if a != "help"],
+                "won": bool(state.won), "score": float(state.won), "gamefile": self.gamefile}
+
+
+def _verb(action):
+    return action.split(" ", 1)[0]
+
+
+def _subgoal(deed):
+    """Without numbers: "take mug 1 from desk 2" -> "find and take mug"; "move mug 1 to shelf 2" -> "put mug in shelf";
+    "clean mug 1 with sinkbasin 1" -> "clean mug"; "use desklamp 1" -> "use desklamp"."""
+    words = re.sub(r" \d+", "", deed).split()
+    if words[0] == "take":
+        return f"find and take {words[1]}"
+    return f"put {words[1]} in {words[3]}" if words[0] == "move" else " ".join(words[:2])
+
+
+def _new_engine():
+    if sys.version_info >= (3, 13):  # it installs, but its grammar writes to locals(), a mere copy since 3.13
+        raise RuntimeError("ALFWorld's engine, textworld, fails on Python 3.13 and newer: use Python 3.10 to 3.12")
+    try:
+        from textworld import EnvInfos
+        from textworld.envs.pddl import PddlEnv
+        return PddlEnv(EnvInfos(won=True, admissible_commands=True))
+    except (ImportError, OSError, RuntimeError) as error:  # the last two: its native library did not build
+        raise RuntimeError(f"ALFWorld needs textworld with its PDDL engine ({error}): "
+                           "pip install -r requirements-alfworld.txt") from error
+
+
+@contextlib.contextmanager
+def _argv_kept():
+    """The PDDL translator overwrites sys.argv; give it back."""
+    argv = sys.argv
+    try:
+        yield
+    finally:
+        sys.argv = argv

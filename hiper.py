@@ -1,0 +1,297 @@
+"""The plan-execute policy and its loss: prompt, parser, decision masks, actor-critic, PPO with three advantages.
+
+One LLM plans and executes. Each turn it writes
+
+    <switch>KEEP|SWITCH</switch><subgoal>...</subgoal><action>...</action>
+
+so that pi(q, o, a | s) = pi(q | s, o_prev) pi(o | s)^q pi(a | s, o)                                    (paper, section 3)
+and the policy gradient has one term per decision, each with an advantage of its own:                   # Thm 4.1
+    grad J = E sum_t [ grad log pi(q_t) A_switch + q_t grad log pi(o_t) A_high + grad log pi(a_t) A_low ]
+
+N turns (samples), L response tokens, P prompt tokens, H hidden size. q switch, o subgoal, a action, s prompt.
+
+Follow one turn: `plan_execute_prompt` -> generate -> `parse` -> env; then `decision_masks` -> `ActorCritic` -> `hae` (hae.py)
+-> `token_advantages` -> `ppo_loss`.
+
+Deviations from the paper: (1) KL to the reference is taken over all response tokens, the policy term over decision tokens.
+From the released code: (2) masks come from the sampled ids, not from text tokenised again; (3) one token-weighted mean over
+all ranks and micro-batches, not a mean of means; (4) on KEEP the carried subgoal stays, whatever the block repeats.
+"""
+import re
+import weakref
+from copy import deepcopy
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+# ---- prompt -----------------------------------------------------------------------------------------------------------
+
+PLAN_EXECUTE = """You act in a text world and work on a task by short-term subgoals, one action per turn.
+
+Task: {task}
+{history}Observation: {observation}
+Subgoal you carry: {subgoal}
+{actions}
+First decide whether the subgoal still stands. Then name the subgoal, then act on it. Answer with these three blocks and \
+nothing else:
+<switch>KEEP</switch> while the subgoal stands, <switch>SWITCH</switch> when it is reached, hopeless or None
+<subgoal>on KEEP the carried subgoal word for word; on SWITCH a new one, reachable in a few actions</subgoal>
+<action>exactly one of the admissible actions</action>"""
+
+FLAT = """You act in a text world and work on a task, one action per turn.
+
+Task: {task}
+{history}Observation: {observation}
+{actions}
+Think first, then act. Answer with these two blocks and nothing else:
+<think>your reasoning</think>
+<action>exactly one of the admissible actions</action>"""
+
+BRIEF = "Task: {task}.\n{history}{observation}\n{actions}Subgoal: {subgoal}.\n"     # for a model that was cloned, not instructed
+
+
+def plan_execute_prompt(task, observation, subgoal="", history=(), admissible=(), brief=False):
+    """The text of one turn. history: the last (observation, action) pairs, oldest first; subgoal: o_{t-1}, "" at turn 0."""
+    return _fill(BRIEF if brief else PLAN_EXECUTE, task, observation, subgoal, history, admissible)
+
+
+def flat_prompt(task, observation, history=(), admissible=()):
+    """The baselines' prompt, without a plan: <think> and <action>."""
+    return _fill(FLAT, task, observation, "", history, admissible)
+
+
+def _fill(template, task, observation, subgoal, history, admissible):
+    past = "".join(f"Earlier: {seen}\nYou did: {did}\n" for seen, did in history)
+    actions = "Admissible actions: " + ", ".join(f"'{a}'" for a in admissible) + "\n" if admissible else ""
+    return template.format(task=task, observation=observation, subgoal=subgoal or "None", history=past, actions=actions)
+
+
+def response(switch, subgoal, action):
+    """What a perfectly formed answer looks like: the demonstrator writes this."""
+    return keep_block(subgoal, "SWITCH" if switch else "KEEP") + f"<action>{action}</action>"
+
+
+def keep_block(subgoal, word="KEEP"):
+    """A KEEP block with the carried subgoal: scoring it gives the counterfactual V_low(s, o_{t-1})."""
+    return f"<switch>{word}</switch><subgoal>{subgoal or 'None'}</subgoal>"
+
+
+# ---- parser -----------------------------------------------------------------------------------------------------------
+
+KINDS = ("switch", "subgoal", "action")
+# Well-formed: the tags of one kind with none of the three kinds' tags between them. Bytes, so that `parse` and
+# `decision_masks` cannot disagree.
+BLOCK = {kind: re.compile(rb"<%s>((?:(?!</?(?:switch|subgoal|action)>).)*)</%s>" % (kind.encode(), kind.encode()), re.S)
+         for kind in KINDS}
+
+
+class Decision(NamedTuple):
+    """One parsed turn. Unreadable parts: switch False, subgoal and action ""."""
+    switch: bool        # q: SWITCH (True) or KEEP
+    subgoal: str        # o
+    action: str         # a
+    valid: bool
+    error: str          # "" when valid, else what was wrong, in a few words
+
+
+def parse(text):
+    """Read the three blocks -> Decision. Never raises. The first well-formed block of a kind counts.
+
+    Valid: the three blocks once each, in order, `KEEP` or `SWITCH` to the letter, subgoal and action not empty. Text around the
+    blocks is tolerated.
+    """
+    raw = text.encode("utf-8", "replace")
+    blocks = {kind: BLOCK[kind].search(raw) for kind in KINDS}
+    body = {kind: b[1].decode("utf-8", "replace").strip() if b else "" for kind, b in blocks.items()}
+    error = ""
+    for kind in KINDS:
+        tags = raw.count(b"<%s>" % kind.encode()), raw.count(b"</%s>" % kind.encode())
+        if blocks[kind] is None:
+            error = error or (f"no <{kind}> block" if tags == (0, 0) else f"<{kind}> block not well-formed")
+        elif not body[kind]:
+            error = error or f"empty <{kind}> block"
+        elif tags != (1, 1):
+            error = error or f"more than one <{kind}> tag"
+    if not error and body["switch"] not in ("KEEP", "SWITCH"):
+        error = f"<switch> holds {body['switch']!r}, not KEEP or SWITCH"
+    if not error and not blocks["switch"].end() <= blocks["subgoal"].start() < blocks["subgoal"].end() <= blocks["action"].start():
+        error = "blocks out of order"
+    return Decision(body["switch"] == "SWITCH", body["subgoal"], body["action"], not error, error)
+
+
+# ---- decision masks ---------------------------------------------------------------------------------------------------
+
+class Masks(NamedTuple):
+    """Which response tokens belong to which decision; a token belongs to one at the most. Each bool [N, L]."""
+    switch: torch.Tensor
+    subgoal: torch.Tensor
+    action: torch.Tensor
+
+
+_tables = weakref.WeakKeyDictionary()                               # tokenizer -> its id -> bytes table
+
+
+def token_bytes(tokenizer):
+    """list of bytes: what each id stands for, so that joining a sequence's entries gives its text exactly."""
+    if tokenizer in _tables and len(_tables[tokenizer]) == len(tokenizer):
+        return _tables[tokenizer]
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]   # byte-level BPE writes these bytes as themselves,
+    others = [b for b in range(256) if b not in printable]              # the others as the characters from 256 on
+    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    decoder = str(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None))
+    added = {i: t.content for i, t in tokenizer.added_tokens_decoder.items()}
+    table = []
+    for i, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
+        if token is None or i in added:                             # a gap in the ids, or a special token: its own text
+            table.append(added.get(i, "").encode())
+        elif "ByteLevel" in decoder:                                # GPT-2, Qwen, Llama 3
+            table.append(bytes(byte_of[c] for c in token))
+        elif decoder == "None":                                     # word level: decode joins with spaces
+            table.append(f" {token}".encode())
+        elif re.fullmatch(r"<0x[0-9A-F]{2}>", token):               # sentencepiece's byte fallback
+            table.append(bytes([int(token[3:5], 16)]))
+        else:                                                       # sentencepiece writes a space as U+2581
+            table.append(token.replace("\u2581", " ").encode())
+    _tables[tokenizer] = table
+    return table
+
+
+def response_text(ids, tokenizer):
+    """The text of generated ids (a list), read from the same table as the masks."""
+    table = token_bytes(tokenizer)
+    return b"".join(table[i] for i in ids).decode("utf-8", "replace")
+
+
+def decision_masks(ids, lengths, tokenizer):
+    """Generated ids -> Masks. ids: int [N, L], right-padded; lengths: int [N]. ValueError on other shapes.
+
+    A decision's tokens are its whole block, tags included; a token belongs to the block that holds its first character (of a
+    merged `></` that is the block before). Only the first well-formed block of a kind counts. Without a readable action the
+    whole response counts as action, so that what went wrong is what is trained.
+    """
+    ids, lengths = torch.as_tensor(ids), torch.as_tensor(lengths)
+    if ids.ndim != 2 or lengths.shape != ids.shape[:1] or (lengths.numel() and int(lengths.max()) > ids.shape[1]):
+        raise ValueError(f"ids must be [N, L] and lengths [N], at most L: got {tuple(ids.shape)} and {tuple(lengths.shape)}")
+    table = token_bytes(tokenizer)
+    owner = torch.full(ids.shape, -1, dtype=torch.int8)             # [N, L] 0 switch, 1 subgoal, 2 action, -1 none
+    for n, (row, length) in enumerate(zip(ids.tolist(), lengths.tolist())):
+        pieces = [table[i] for i in row[:length]]
+        text = b"".join(pieces)
+        blocks = [BLOCK[kind].search(text) for kind in KINDS]
+        if blocks[2] is None or not blocks[2][1].strip():
+            owner[n, :length] = 2
+            continue
+        starts = list(accumulate(map(len, pieces), initial=0))      # byte offset of each token's first character
+        for k, block in enumerate(blocks):
+            if block:
+                inside = [j for j in range(length) if block.start() <= starts[j] < block.end()]
+                owner[n, inside] = k
+    return Masks(*(owner.to(ids.device) == k for k in range(3)))
+
+
+# ---- actor-critic -----------------------------------------------------------------------------------------------------
+
+class Scores(NamedTuple):
+    """What one forward says of N turns."""
+    logp: torch.Tensor          # [N, L] log pi of each response token, 0 on padding
+    entropy: torch.Tensor       # [N, L] without gradient
+    v_high: torch.Tensor        # [N] V_high(s)           read at the last prompt token
+    v_low: torch.Tensor         # [N] V_low(s, o)         read at the last token of </subgoal>
+    v_switch: torch.Tensor      # [N] V_switch(s, o_prev) read at the last prompt token
+
+
+class ActorCritic(nn.Module):
+    """A causal LM with three linear value heads, on its own backbone (`shared`) or on a second one (`separate`)."""
+
+    def __init__(self, actor, critic="shared", temperature=1.0):
+        super().__init__()
+        if critic not in ("shared", "separate"):
+            raise ValueError(f"critic must be shared or separate, not {critic!r}")
+        self.actor, self.temperature = actor, temperature
+        self.critic = deepcopy(actor.base_model) if critic == "separate" else None
+        self.heads = nn.Linear(actor.config.hidden_size, 3)         # V_high, V_low, V_switch
+        nn.init.zeros_(self.heads.weight)
+        nn.init.zeros_(self.heads.bias)
+
+    def forward(self, ids, prompt_lengths, lengths, subgoal_end, parts=("logp", "values")):
+        """Score N turns -> Scores (None for the parts not asked for).
+
+        ids: int [N, P + L], each row prompt then response, right-padded (so causal attention needs no mask, and positions are
+        those of generation); prompt_lengths, lengths: int [N] prompt and response tokens; subgoal_end: int [N] index *in the
+        response* of the last token of </subgoal>, -1 (the last prompt token) where there is none.
+        """
+        hidden = self.actor.base_model(input_ids=ids, use_cache=False).last_hidden_state    # [N, P + L, H]
+        logp = entropy = v_high = v_low = v_switch = None
+        rows = torch.arange(len(ids), device=ids.device)
+        if "logp" in parts:
+            offset = torch.arange(int(lengths.max()), device=ids.device)                    # [L]
+            where = offset < lengths[:, None]                                               # [N, L]
+            at = (prompt_lengths[:, None] - 1 + offset)[where]                              # [M] one before each response token
+            n = rows[:, None].expand_as(where)[where]                                       # [M]
+            flat = token_logp(hidden[n, at], ids[n, at + 1], self.actor.get_output_embeddings(), self.temperature)
+            logp, entropy = (hidden.new_zeros(where.shape, dtype=torch.float32).index_put((where,), x) for x in flat)
+        if "values" in parts:
+            if self.critic is not None:
+                hidden = self.critic(input_ids=ids, use_cache=False).last_hidden_state
+            last = self.heads(hidden[rows, prompt_lengths - 1]).float()                     # [N, 3]
+            v_high, v_switch = last[:, 0], last[:, 2]
+            v_low = self.heads(hidden[rows, prompt_lengths + subgoal_end]).float()[:, 1]    # [N]
+        return Scores(logp, entropy, v_high, v_low, v_switch)
+
+
+def token_logp(hidden, targets, head, temperature=1.0, chunk=2 ** 25):
+    """Log-probability and entropy of M tokens without an [M, V] matrix in float32 at any time.
+
+    hidden: [M, H]; targets: int [M]; head: the output projection; chunk: logits in memory at once. -> float32 [M], [M].
+    """
+    def part(h, y):
+        logits = head(h).float() / temperature                      # [m, V]
+        log_z = logits.logsumexp(-1)
+        with torch.no_grad():
+            entropy = log_z - (logits.softmax(-1) * logits).sum(-1)
+        return logits.gather(-1, y[:, None]).squeeze(-1) - log_z, entropy
+
+    rows = max(1, chunk // head.weight.shape[0])
+    if len(hidden) <= rows:
+        return part(hidden, targets)
+    parts = [checkpoint(part, h, y, use_reentrant=False) for h, y in zip(hidden.split(rows), targets.split(rows))]
+    return tuple(map(torch.cat, zip(*parts)))
+
+
+# ---- loss -------------------------------------------------------------------------------------------------------------
+
+def token_advantages(masks, switch, adv_switch, adv_subgoal, adv_action):
+    """Give every decision's tokens that decision's advantage.                                          # Thm 4.1
+
+    masks: Masks [N, L]; switch: bool [N], True where a segment opens; adv_*: [N].
+    -> (advantages [N, L], trained bool [N, L]). On KEEP turns the subgoal's tokens are not trained: q_t = 0.
+    """
+    opened = masks.subgoal & switch[:, None]                        # q_t grad log pi(o_t)
+    adv = masks.switch * adv_switch[:, None] + opened * adv_subgoal[:, None] + masks.action * adv_action[:, None]
+    return adv, masks.switch | opened | masks.action
+
+
+def policy_loss(logp, old_logp, adv, clip=0.2):
+    """PPO's clipped surrogate, per token [N, L], to be minimised; and whether the clip was active."""
+    ratio = (logp - old_logp).exp()
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return -torch.minimum(ratio * adv, clipped * adv), (clipped * adv < ratio * adv).detach()
+
+
+def kl_k3(logp, ref_logp):
+    """Schulman's k3 estimator of KL(pi || ref), per token [N, L]: exp(d) - d - 1 >= 0 with d = log ref - log pi."""
+    d = ref_logp - logp
+    return d.exp() - d - 1
+
+
+def value_loss(value, old_value, target, clip=0.5):
+    """Squared error [N] / 2, the worse of the free and the clipped value; clip 0 leaves the clip out."""
+    loss = (value - target) ** 2
+    if clip:
+        near = old_value + (value - old_value).clamp(-clip, clip)
+        loss = torch.maximum(loss, (near - target) ** 2)
+    return loss / 2

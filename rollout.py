@@ -1,0 +1,257 @@
+"""Rollouts: many episodes at once with HF `generate`, and what training needs of them.
+
+    collect(...) -> list of Episode            play: prompt, generate, parse, step, until the task queue is empty
+    batch_of(episodes, ...) -> Batch           the same as ids, masks and padded [B, T] arrays
+    score(policy, samples, ...) -> Scores      log-probs and values with the forward that training uses
+
+A slot holds one episode. Only unfinished episodes are in the batch that generates; a slot that falls free takes the next task
+of the queue at once, so a long episode does not hold back the rest.
+
+Old log-probs are not taken from generation: `score` computes them on the same rows, positions and micro-batching as training,
+so that in the first PPO step the ratio is 1 (generation itself agrees to 1e-4 in float32, far less in bf16).
+
+B episodes, T turns of the longest, N turns in all, L response tokens, P prompt tokens.
+"""
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+import hiper
+from hiper import Decision, Masks, Scores
+
+
+@dataclass(frozen=True)
+class Turn:
+    prompt: list            # prompt ids, P of them
+    response: list          # sampled ids, up to and with </action> or the end token
+    decision: Decision
+    opened: bool            # a segment opens here: SWITCH was written, or turn 0
+    subgoal: str            # the subgoal in force from here on
+    observation: str        # what the agent saw before it answered
+    reward: float           # scaled, penalties included
+
+
+@dataclass(frozen=True)
+class Episode:
+    index: int              # task index in its split
+    task: str
+    task_type: str
+    turns: list             # of Turn
+    won: bool
+    score: float
+    truncated: bool         # cut off by the step limit; otherwise the task itself ended
+    end_prompt: list        # prompt ids of the state after the last turn: what a truncated episode bootstraps from
+
+
+@dataclass(frozen=True)
+class Style:
+    """How turns are shown, sampled and paid; the same in training and evaluation but for the temperature."""
+    history: int = 2
+    brief: bool = False
+    show_admissible: bool = True
+    max_prompt: int = 2048              # tokens; a longer prompt loses its history, then its left end
+    max_response: int = 512             # tokens
+    success_reward: float = 10.0
+    invalid_penalty: float = 0.1
+
+
+# ---- playing ----------------------------------------------------------------------------------------------------------
+
+class StopAtAction(StoppingCriteria):
+    """Stops each row at its own `</action>` or end token, and remembers how long it was."""
+
+    def __init__(self, tokenizer, prompt_length, rows, ends):
+        self.table, self.prompt_length, self.ends = hiper.token_bytes(tokenizer), prompt_length, ends
+        self.lengths = [0] * rows                                   # 0: not finished
+
+    def __call__(self, input_ids, scores, **kwargs):
+        made = input_ids.shape[1] - self.prompt_length
+        for n, tail in enumerate(input_ids[:, -min(made, 9):].tolist()):       # `</action>` is nine bytes
+            if not self.lengths[n] and (tail[-1] in self.ends or b"</action>" in b"".join(self.table[i] for i in tail)):
+                self.lengths[n] = made
+        return torch.tensor([bool(n) for n in self.lengths], device=input_ids.device)
+
+
+@torch.no_grad()
+def generate(actor, tokenizer, prompts, *, temperature, max_response):
+    """Sample one response per prompt (greedy at temperature 0). prompts: list of id lists -> list of id lists."""
+    width, pad = max(map(len, prompts)), tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=actor.device)             # [N, P] left-padded
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=actor.device)   # from lengths
+    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    stop = StopAtAction(tokenizer, width, len(prompts), ends)
+    sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature > 0 else dict(do_sample=False)
+    config = GenerationConfig(max_new_tokens=max_response, repetition_penalty=1.0, eos_token_id=sorted(ends), pad_token_id=pad,
+                              **sampling)                           # every field that a checkpoint's own config could set
+    out = actor.generate(input_ids=ids, attention_mask=mask, generation_config=config,
+                         stopping_criteria=StoppingCriteriaList([stop]))[:, width:].tolist()
+    return [row[:length or len(row)] for row, length in zip(out, stop.lengths)]
+
+
+def encode(tokenizer, texts, max_prompt=None):
+    """Prompt texts -> id lists, through the chat template where the tokenizer has one."""
+    if tokenizer.chat_template:
+        texts = [tokenizer.apply_chat_template([{"role": "user", "content": t}], add_generation_prompt=True, tokenize=False)
+                 for t in texts]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [row[-max_prompt:] for row in ids] if max_prompt else ids
+
+
+class Seat:
+    """One running episode: what the agent remembers between turns, and how that becomes a prompt."""
+
+    def __init__(self, index, observation, info, style):
+        self.index, self.task, self.task_type, self.style = index, info["task"], info["task_type"], style
+        self.observation, self.info, self.subgoal = observation, info, ""
+        self.past, self.turns = deque(maxlen=style.history), []
+
+    def prompt(self, history=True):
+        return hiper.plan_execute_prompt(self.task, self.observation, self.subgoal, self.past if history else (),
+                                         self.info["admissible"] if self.style.show_admissible else (), self.style.brief)
+
+    def answer(self, prompt_ids, response_ids, decision, outcome):
+        """Record a turn; -> True at the episode's end."""
+        observation, reward, terminated, truncated, info = outcome
+        opened = decision.switch or not self.turns                  # turn 0 opens a segment whatever was written
+        if opened and decision.subgoal:
+            self.subgoal = decision.subgoal                         # on KEEP the carried one stays
+        reward = self.style.success_reward * reward - self.style.invalid_penalty * (not decision.valid)
+        self.turns.append(Turn(prompt_ids, response_ids, decision, opened, self.subgoal, self.observation, reward))
+        self.past.append((self.observation, decision.action))
+        self.observation, self.info = observation, info
+        self.ended, self.truncated = terminated or truncated, truncated and not terminated
+        return self.ended
+
+
+def prompts_of(seats, tokenizer):
+    """The seats' prompts as ids; one that is too long is written without its history."""
+    ids = encode(tokenizer, [seat.prompt() for seat in seats])
+    return [row if len(row) <= seat.style.max_prompt
+            else encode(tokenizer, [seat.prompt(history=False)], seat.style.max_prompt)[0] for seat, row in zip(seats, ids)]
+
+
+def collect(actor, tokenizer, runner, tasks, *, slots, temperature, style=Style(), progress=None):
+    """Play the tasks (indices of the runner's split) -> Episodes in the order of `tasks`.
+
+    slots: episodes in play at once. progress: called with each Episode as it ends.
+    """
+    queue, seats, done = deque(enumerate(tasks)), {}, {}
+    while queue or seats:
+        fresh = {slot: queue.popleft() for slot in range(slots) if slot not in seats and queue}        # refill at once
+        for slot, (observation, info) in runner.reset({slot: index for slot, (_, index) in fresh.items()}).items():
+            seats[slot] = fresh[slot][0], Seat(fresh[slot][1], observation, info, style)
+        order = list(seats)
+        prompts = prompts_of([seats[slot][1] for slot in order], tokenizer)
+        responses = generate(actor, tokenizer, prompts, temperature=temperature, max_response=style.max_response)
+        decisions = [hiper.parse(hiper.response_text(r, tokenizer)) for r in responses]
+        outcomes = runner.step({slot: d.action for slot, d in zip(order, decisions)})
+        ended = [slot for slot, *turn in zip(order, prompts, responses, decisions)
+                 if seats[slot][1].answer(*turn, outcomes[slot])]
+        if ended:
+            ends = prompts_of([seats[slot][1] for slot in ended], tokenizer)
+        for slot, end_prompt in zip(ended, ends if ended else ()):
+            place, seat = seats.pop(slot)
+            done[place] = Episode(seat.index, seat.task, seat.task_type, seat.turns, seat.info["won"], seat.info["score"],
+                                  seat.truncated, end_prompt)
+            if progress:
+                progress(done[place])
+    return [done[place] for place in sorted(done)]
+
+
+# ---- from episodes to tensors -----------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Samples:
+    """N (prompt, response) pairs; what `ActorCritic` scores."""
+    prompts: list           # N id lists
+    responses: list         # N id lists
+    masks: Masks            # bool [N, L] each
+    lengths: torch.Tensor   # int [N] response tokens
+
+    def rows(self, index, device):
+        """The forward's arguments for the rows `index`: ids right-padded, lengths, the end of the subgoal block."""
+        seqs = [self.prompts[n] + self.responses[n] for n in index]
+        width = max(map(len, seqs))
+        ids = torch.tensor([s + [0] * (width - len(s)) for s in seqs], device=device)                  # [n, P + L]
+        prompt_lengths = torch.tensor([len(self.prompts[n]) for n in index], device=device)            # [n]
+        block = self.masks.subgoal[index]                                                              # [n, L]
+        last = torch.where(block, torch.arange(block.shape[1]), -1).amax(1)                            # [n] or -1
+        return ids, prompt_lengths, self.lengths[index].to(device), last.to(device)
+
+
+def samples_of(prompts, responses, tokenizer):
+    """Id lists -> Samples, with the decision masks read off the sampled ids."""
+    lengths = torch.tensor([len(r) for r in responses])
+    ids = torch.tensor([r + [0] * (int(lengths.max()) - len(r)) for r in responses])                   # [N, L]
+    return Samples(prompts, responses, hiper.decision_masks(ids, lengths, tokenizer), lengths)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Episodes as hae.py wants them. All arrays [B, T] but the last three; `row`, `col` say where turn n lies in them."""
+    samples: Samples            # the N turns, episode after episode
+    row: torch.Tensor           # int [N]
+    col: torch.Tensor           # int [N]
+    mask: torch.Tensor          # bool: the turn exists
+    rewards: torch.Tensor       # float
+    switch: torch.Tensor        # bool: a segment opens
+    truncated: torch.Tensor     # bool [B]
+    ends: Samples               # [B] the states after the last turns, with the carried subgoal kept
+
+    def grid(self, x):
+        """[N] -> [B, T], zero off the mask."""
+        return x.new_zeros(self.mask.shape).index_put((self.row, self.col), x)
+
+    def flat(self, x):
+        """[B, T] -> [N]"""
+        return x[self.row, self.col]
+
+
+def batch_of(episodes, tokenizer):
+    """Episodes -> Batch."""
+    turns = [turn for e in episodes for turn in e.turns]
+    row = torch.tensor([b for b, e in enumerate(episodes) for _ in e.turns])
+    col = torch.tensor([t for e in episodes for t in range(len(e.turns))])
+    empty = torch.zeros(len(episodes), int(col.max()) + 1)
+    put = lambda values, like: like.index_put((row, col), torch.tensor(values, dtype=like.dtype))
+    keep = [tokenizer(hiper.keep_block(e.turns[-1].subgoal), add_special_tokens=False)["input_ids"] for e in episodes]
+    return Batch(samples_of([t.prompt for t in turns], [t.response for t in turns], tokenizer), row, col,
+                 put([True] * len(turns), empty.bool()), put([t.reward for t in turns], empty),
+                 put([t.opened for t in turns], empty.bool()), torch.tensor([e.truncated for e in episodes]),
+                 ends_of(episodes, keep, tokenizer))
+
+
+def ends_of(episodes, keep, tokenizer):
+    """The states after the last turns as Samples: V_high is read after the prompt, V_low after the repeated subgoal."""
+    samples = samples_of([e.end_prompt for e in episodes], keep, tokenizer)
+    closed = torch.arange(samples.masks.subgoal.shape[1]) < samples.lengths[:, None]                   # [B, L]
+    return Samples(samples.prompts, keep, samples.masks._replace(subgoal=closed), samples.lengths)
+
+
+def micro_batches(lengths, tokens):
+    """Rows sorted by length and cut so that rows x longest <= tokens (one row at the least) -> list of index lists."""
+    cuts, batch = [], []
+    for n in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[n] > tokens:
+            cuts.append(batch)
+            batch = []
+        batch.append(n)
+    return cuts + [batch] if batch else cuts
+
+
+@torch.no_grad()
+def score(policy, samples, *, tokens=16384, parts=("logp", "values")):
+    """Forward all of `samples` through an ActorCritic in micro-batches -> Scores on the CPU, in the samples' order."""
+    sizes = [len(p) + len(r) for p, r in zip(samples.prompts, samples.responses)]
+    n, width = samples.masks.switch.shape
+    out = [torch.zeros(n, width), torch.zeros(n, width), torch.zeros(n), torch.zeros(n), torch.zeros(n)]
+    for index in micro_batches(sizes, tokens):
+        scores = policy(*samples.rows(index, policy.heads.weight.device), parts=parts)
+        for whole, part in zip(out, scores):
+            if part is not None and part.ndim == 2:
+                whole[index, :part.shape[1]] = part.cpu()
+            elif part is not None:
+                whole[index] = part.cpu()
+    return Scores(*out)

@@ -1,0 +1,249 @@
+"""ALFWorld: the adapter on real games, and its errors on made-up ones.
+
+What plays a game needs ALFWORLD_DATA and textworld and is skipped without them; the rest always runs."""
+import importlib.util
+import json
+import os
+import random
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import alfworld_env
+from alfworld_env import SPLITS, TASK_TYPES, AlfworldEnv, games, make, names, size, task_type
+
+MISSING = ("ALFWORLD_DATA is not set" if not os.environ.get("ALFWORLD_DATA") else
+           "textworld is not installed" if not importlib.util.find_spec("textworld") else
+           "textworld fails on Python 3.13 and newer" if sys.version_info >= (3, 13) else "")
+plays = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+KEYS = {"task", "task_type", "admissible", "won", "score", "gamefile"}
+
+
+def walkthrough(env):
+    return json.loads(Path(env.gamefile).read_text())["walkthrough"]
+
+
+def first_of(split, kind):
+    """An env of the first game of that task type."""
+    return make(split, [task_type(file) for file in games(split)].index(kind))
+
+
+def play(env, actions):
+    """Everything an episode returns: the reset's pair, then one 5-tuple per action."""
+    return [env.reset(), *map(env.step, actions)]
+
+
+@pytest.fixture
+def env():
+    world = make("valid_seen", 0)
+    yield world
+    world.close()
+
+
+# --- playing ---------------------------------------------------------------------------------------------------------
+
+@plays
+@pytest.mark.parametrize("split", SPLITS)
+def test_walkthroughs_win_and_reward_once(split):
+    first = 2 * SPLITS.index(split)  # two task types per split, all six over the three
+    for kind in TASK_TYPES[first:first + 2]:
+        env = first_of(split, kind)
+        _, *steps = play(env, walkthrough(env))
+        assert [reward for _, reward, *_ in steps] == [0.0] * (len(steps) - 1) + [1.0]
+        assert [terminated for _, _, terminated, *_ in steps] == [False] * (len(steps) - 1) + [True]
+        assert not any(truncated for *_, truncated, _ in steps)
+        assert steps[-1][-1]["won"] and steps[-1][-1]["score"] == 1.0 and steps[-1][-1]["task_type"] == kind
+        with pytest.raises(RuntimeError, match="reset"):
+            env.step("look")
+        env.close()
+
+
+@plays
+def test_first_observation_and_info(env):
+    observation, info = env.reset(seed=7)
+    assert observation.startswith("You are in the middle of a room.") and "\n" not in observation
+    assert "Your task" not in observation and "Welcome" not in observation
+    assert set(info) == KEYS and not info["won"] and info["score"] == 0.0
+    assert info["gamefile"] == games("valid_seen")[0] and info["task_type"] in TASK_TYPES
+    assert re.fullmatch(r"[a-z ]+\.", info["task"])
+    assert "look" in info["admissible"] and "help" not in info["admissible"]
+    again = env.step("look")[-1]
+    assert set(again) == KEYS and again["gamefile"] == info["gamefile"] and again["task"] == info["task"]
+
+
+@plays
+def test_an_inadmissible_action_costs_a_step_and_changes_nothing(env):
+    env.max_steps = 2
+    _, before = env.reset()
+    observation, reward, terminated, truncated, info = env.step("dance with mug 1")
+    assert (observation, reward, terminated, truncated) == ("Nothing happens.", 0.0, False, False)
+    assert info == before
+    assert env.step("dance with mug 1")[3]
+
+
+@plays
+def test_the_step_limit_truncates_and_a_win_on_the_last_step_does_not(env):
+    plan = walkthrough(env)
+    env.max_steps = len(plan) - 1
+    *_, terminated, truncated, info = play(env, plan[:-1])[-1]
+    assert truncated and not terminated and not info["won"]
+    with pytest.raises(RuntimeError, match="reset"):
+        env.step(plan[-1])
+    env.max_steps = len(plan)
+    *_, terminated, truncated, info = play(env, plan)[-1]
+    assert terminated and not truncated and info["won"]
+
+
+@plays
+def test_deterministic_also_with_a_used_engine_and_beside_another_env(env):
+    plan = walkthrough(env)
+    alone = play(env, plan)
+    env.close()                          # its engine goes to `other`, and `env` gets a new one at its next reset
+    other = make("train", 0)
+    other.reset(seed=1)
+    beside = [env.reset(seed=2)]
+    for action in plan:
+        other.step("look")
+        beside.append(env.step(action))
+    other.close()
+    assert alone == beside
+
+
+@plays
+def test_argv_and_stdout_are_left_alone(env, capfd, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--seed", "1"])
+    env.reset()
+    env.reset()
+    assert sys.argv == ["train.py", "--seed", "1"]
+    assert capfd.readouterr().out == ""
+
+
+# --- the expert ------------------------------------------------------------------------------------------------------
+
+@plays
+@pytest.mark.parametrize("kind", ["pick_two_obj_and_place", "look_at_obj_in_light"])
+def test_the_expert_wins_and_switches_once_per_deed(kind):
+    env = first_of("valid_unseen", kind)
+    env.reset()
+    subgoal, switches, info = "", 0, {"won": False}
+    while not info["won"]:
+        switch, wanted, action = env.expert(subgoal)
+        assert switch or wanted == subgoal
+        subgoal, switches, info = wanted, switches + switch, env.step(action)[-1]
+    assert switches == sum(action.split()[0] in alfworld_env.DEEDS for action in walkthrough(env))
+    assert env.expert(subgoal) is None
+    env.close()
+
+
+@plays
+def test_the_expert_walks_back_from_a_stray_step_and_gives_up_after_a_deed(env):
+    rng, plan, (_, info), subgoal = random.Random(0), walkthrough(env), env.reset(), ""
+    elsewhere = next(action for action in info["admissible"] if action.startswith("go to") and action != plan[0])
+    while not info["won"]:               # every other time wander off, look around or talk nonsense instead
+        _, subgoal, action = env.expert(subgoal)
+        idle = [action for action in info["admissible"] if action.startswith(("go to", "examine", "look"))]
+        info = env.step(action if rng.random() < 0.5 else rng.choice([*idle, "dance with mug 1"]))[-1]
+    play(env, [plan[0], elsewhere])
+    assert env.expert("")[2] == plan[0]
+
+    taken = next(step for step, action in enumerate(plan) if action.startswith("take"))
+    play(env, plan[:taken + 1])
+    assert env.expert("")
+    back = plan[taken].replace("take", "move").replace(" from ", " to ")
+    assert env.step(back)[0] != "Nothing happens." and env.expert("") is None
+
+
+def test_subgoals_carry_no_numbers():
+    said = {"take mug 1 from desk 2": "find and take mug", "move mug 1 to shelf 12": "put mug in shelf",
+            "clean mug 1 with sinkbasin 1": "clean mug", "heat egg 3 with microwave 1": "heat egg",
+            "cool egg 3 with fridge 1": "cool egg", "use desklamp 1": "use desklamp", "look": "look"}
+    assert {deed: alfworld_env._subgoal(deed) for deed in said} == said
+
+
+def test_names_count_each_kind_from_the_last_identifier():
+    assert names(["sink_bar__minus_1_bar_sinkbasin", "mug_bar__plus_2", "mug_bar__plus_1", "sink_bar_7", "agent1"]) == {
+        "mug_bar__plus_2": "mug 1", "mug_bar__plus_1": "mug 2", "agent1": "agent1",
+        "sink_bar_7": "sink 1", "sink_bar__minus_1_bar_sinkbasin": "sinkbasin 1"}
+
+
+# --- errors, most of them on made-up games ---------------------------------------------------------------------------
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
+    return tmp_path
+
+
+def write(folder, name="pick_and_place_simple-Mug-None-Desk-1", split="train", trial="trial_1", **changes):
+    """A game file that the adapter accepts and no engine could play."""
+    file = folder / "json_2.1.1" / split / name / trial / "game.tw-pddl"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"solvable": True, "grammar": 'template :: "move {o} to {r}";', **changes}))
+    return file
+
+
+def test_games_are_sorted_solvable_and_of_the_six_types(folder):
+    good = [write(folder, trial="trial_2"), write(folder, trial="trial_1")]
+    write(folder, trial="trial_3", solvable=False)
+    write(folder, "pick_and_place_with_movable_recep-Mug-Bowl-Desk-1")
+    write(folder, "pick_heat_then_place_in_recep-PotatoSliced-None-Fridge-1")
+    assert games("train") == tuple(map(str, reversed(good))) and size("train") == 2
+    assert make("train", 1).gamefile == str(good[0])
+
+
+def test_missing_data_says_how_to_get_it(folder, monkeypatch):
+    with pytest.raises(RuntimeError, match="no folder .*train.*alfworld-download"):
+        size("train")
+    (folder / "json_2.1.1" / "train").mkdir(parents=True)
+    with pytest.raises(RuntimeError, match="^0 playable games"):
+        size("train")
+    monkeypatch.delenv("ALFWORLD_DATA")
+    monkeypatch.setenv("HOME", str(folder))
+    with pytest.raises(RuntimeError, match="ALFWORLD_DATA is not set"):
+        size("train")
+
+
+def test_bad_split_and_bad_index(folder):
+    write(folder)
+    with pytest.raises(ValueError, match="train, valid_seen, valid_unseen"):
+        make("test")
+    for index in (-1, 1):
+        with pytest.raises(IndexError, match="has 1 games"):
+            make("train", index)
+
+
+def test_unsolvable_and_older_games_are_refused(folder):
+    with pytest.raises(RuntimeError, match="not marked solvable"):
+        AlfworldEnv(write(folder, solvable=False))
+    with pytest.raises(RuntimeError, match="alfworld-download -f"):
+        AlfworldEnv(write(folder, trial="old", grammar='template :: "put {o} in/on {r}";'))
+
+
+@plays
+def test_a_real_game_turned_old_is_refused(tmp_path):
+    game = json.loads(Path(games("valid_seen")[0]).read_text())
+    old = write(tmp_path, **{**game, "grammar": game["grammar"].replace("move {o} to {r}", "put {o} in/on {r}")})
+    with pytest.raises(RuntimeError, match="older data release"):
+        AlfworldEnv(old)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="another error comes first")
+def test_missing_package_says_how_to_install_it(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "textworld", None)
+    monkeypatch.setattr(alfworld_env, "_idle", [])
+    with pytest.raises(RuntimeError, match="pip install -r requirements-alfworld.txt"):
+        AlfworldEnv(write(folder)).reset()
+
+
+def test_python_too_new_is_said(folder, monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 13, 0))
+    monkeypatch.setattr(alfworld_env, "_idle", [])
+    with pytest.raises(RuntimeError, match="3.10 to 3.12"):
+        AlfworldEnv(write(folder)).reset()
+
+
+def test_step_before_reset(folder):
+    with pytest.raises(RuntimeError, match=r"call reset\(\) before step"):
+        AlfworldEnv(write(folder)).step("look")

@@ -1,0 +1,410 @@
+"""Train an LLM agent with HiPER: `python train.py [CONFIG.yaml] [--flag value ...]`.
+
+One iteration: play episodes, score them with the old policy, turn rewards into three advantages (HAE), update with PPO.
+Without flags: a tiny Qwen2 from scratch, warm-started on a few noisy demonstrations, in the household world, on the CPU.
+`--model NAME_OR_PATH` takes any Hugging Face causal LM instead, `--env` another world.
+
+Many GPUs: `accelerate launch train.py ...`. Each process plays its share of the episodes; gradients are summed over all, with one
+global token count and one global advantage normalisation, so that N processes make the step that one would.
+
+Every iteration seeds itself from (seed, iteration, rank): a run that was stopped and started again goes on as if it had not been.
+"""
+import dataclasses
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers.utils import logging
+
+import envs
+import hiper
+import scratch
+from eval import evaluate, fail, summary, table
+from hae import hae, normalize
+from rollout import Style, batch_of, collect, micro_batches, score
+
+
+def knob(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Config:
+    # what
+    env: str = knob("household", "world: household, alfworld, or an importable module of your own (see envs.py)")
+    model: str = knob("", "Hugging Face name or path of a causal LM; empty: a tiny Qwen2 from scratch (paper: Qwen2.5-1.5B/7B-Instruct)")
+    method: str = knob("hiper", "hiper")
+    out: str = knob("runs/household", "folder for everything that is written")
+    seed: int = knob(0, "seed of everything random")
+    iterations: int = knob(40, "rollout-update iterations (paper: 150)")
+    # rollout
+    episodes: int = knob(64, "episodes per iteration, over all processes (paper: 128)")
+    slots: int = knob(64, "episodes in play at once, per process")
+    env_workers: int = knob(0, "environment processes for worlds that need them; 0: one per core")
+    temperature: float = knob(1.0, "sampling temperature in training (paper: 1.0)")
+    history: int = knob(0, "past (observation, action) pairs in the prompt (paper: 2; household's page sums up the past itself)")
+    brief: bool = knob(True, "short prompt without instructions, for a model that was cloned (paper: false)")
+    show_admissible: bool = knob(False, "list the admissible actions in the prompt (paper: true)")
+    max_prompt: int = knob(2048, "prompt tokens at the most (paper: 2048)")
+    max_response: int = knob(24, "response tokens at the most (paper: 512)")
+    success_reward: float = knob(10.0, "reward of winning (paper: 10)")
+    invalid_penalty: float = knob(0.1, "taken off on a turn with an invalid format (paper: 0.1)")
+    # credit
+    gamma: float = knob(1.0, "discount per turn (paper: 1.0)")
+    lam_low: float = knob(1.0, "lambda of the executor, per turn (paper: 1.0)")
+    lam_high: float = knob(0.95, "lambda of the planner, per segment (paper: 0.95)")
+    bootstrap: bool = knob(False, "value the state after a truncated episode (paper: true) or count it 0 (released code on WebShop)")
+    # update
+    critic: str = knob("separate", "separate critic backbone, or one shared with the actor (paper: separate)")
+    lr: float = knob(1.5e-4, "actor learning rate, falling linearly to a tenth (paper: 1e-6, constant)")
+    critic_lr: float = knob(5e-4, "critic learning rate (paper: 1e-5)")
+    critic_warmup: int = knob(2, "first iterations that train the critic only (paper: 0)")
+    epochs: int = knob(1, "passes over each iteration's turns (paper: 1)")
+    minibatch: int = knob(256, "turns per optimizer step, over all processes (paper: 256)")
+    tokens_per_batch: int = knob(16384, "tokens per forward, padding included: the knob for memory")
+    clip: float = knob(0.2, "PPO ratio clip (paper: 0.2)")
+    value_clip: float = knob(0.5, "how far a value may move from its old one; 0: as far as it likes (released code: 0.5)")
+    kl: float = knob(0.01, "weight of the k3 KL to the frozen start model; 0: no reference model (paper: 0.01)")
+    max_grad_norm: float = knob(1.0, "gradient clip, for actor and critic each")
+    gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, a third more time")
+    # start from scratch
+    demos: int = knob(300, "demonstration episodes to clone before training; 0: none")
+    demo_noise: float = knob(0.15, "probability that the demonstrator takes any admissible action")
+    clone_epochs: int = knob(4, "passes over the demonstrations")
+    clone_lr: float = knob(3e-3, "learning rate of cloning")
+    # reporting
+    eval_split: str = knob("", "split played after the warm start and at the end; empty: the world's last (unseen)")
+    eval_episodes: int = knob(0, "tasks of that split to play; 0: all")
+    eval_temperature: float = knob(0.4, "sampling temperature in evaluation (paper: 0.4)")
+    save_every: int = knob(10, "iterations between checkpoints")
+    show_every: int = knob(10, "iterations between episodes printed in full; 0: never")
+    cpu: bool = knob(False, "stay on the CPU where there is a GPU")
+
+    @property
+    def style(self):
+        return Style(**{name: getattr(self, name) for name in Style.__dataclass_fields__})
+
+
+def check(config):
+    """ValueError in one sentence for what cannot be meant."""
+    for name in ("iterations", "episodes", "slots", "epochs", "minibatch", "tokens_per_batch", "max_prompt", "max_response", "save_every"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, not {getattr(config, name)}")
+    for name in ("gamma", "lam_low", "lam_high", "demo_noise"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"--{name} must lie in [0, 1], not {getattr(config, name)}")
+    for name, choices in {"method": ("hiper",), "critic": ("separate", "shared")}.items():
+        if getattr(config, name) not in choices:
+            raise ValueError(f"--{name} must be {' or '.join(choices)}, not {getattr(config, name)!r}")
+    if not config.model and not config.demos:
+        raise ValueError("a model from scratch needs demonstrations: give --demos, or --model")
+    module = envs.world(config.env)
+    if config.eval_split and config.eval_split not in module.SPLITS:
+        raise ValueError(f"--eval_split must be one of {', '.join(module.SPLITS)}, not {config.eval_split!r}")
+    if envs.size(config.env, module.SPLITS[0]) < 1:
+        raise ValueError(f"world {config.env!r} has no tasks to train on")
+
+
+# ---- setting up -------------------------------------------------------------------------------------------------------
+
+def build(config, out, runner, accelerator):
+    """-> (policy, tokenizer, reference or None). The start model is `--model`, or cloned from scratch into out/start."""
+    start = out / "start" if not config.model else config.model
+    if not config.model and not (out / "start" / "config.json").exists():
+        if accelerator.is_main_process:
+            clone(config, out, runner, accelerator)
+        accelerator.wait_for_everyone()
+    tokenizer = AutoTokenizer.from_pretrained(start, padding_side="left")
+    tokenizer.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    load = lambda dtype: AutoModelForCausalLM.from_pretrained(start, dtype=dtype).to(accelerator.device).eval()
+    torch.manual_seed(config.seed)
+    policy = hiper.ActorCritic(load(torch.float32), config.critic, config.temperature).to(accelerator.device)
+    if config.gradient_checkpointing:
+        policy.actor.gradient_checkpointing_enable()
+    half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    reference = hiper.ActorCritic(load(half), temperature=config.temperature).to(accelerator.device) if config.kl else None
+    return policy, tokenizer, reference
+
+
+def clone(config, out, runner, accelerator):
+    """Tokenizer, tiny model and cloned expert -> out/start, in Hugging Face's format."""
+    tasks = range(min(config.demos, envs.size(config.env, runner.split)))
+    shown = scratch.demonstrations(runner, tasks, noise=config.demo_noise, style=config.style, seed=config.seed, slots=config.slots)
+    tokenizer = scratch.train_tokenizer([part for turn in shown for part in turn])
+    torch.manual_seed(config.seed)
+    policy = hiper.ActorCritic(scratch.tiny_model(tokenizer), "shared").to(accelerator.device)
+    scratch.clone(policy, tokenizer, shown, epochs=config.clone_epochs, lr=config.clone_lr, seed=config.seed,
+                  progress=lambda steps: tqdm(steps, "cloning the expert", unit="step"))
+    temporary = out / "start.tmp"
+    policy.actor.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    temporary.rename(out / "start")
+
+
+def optimizer_of(policy, config):
+    """AdamW over two groups: the actor, and what belongs to the critic alone."""
+    actor = list(policy.actor.parameters())
+    own = [p for name, p in policy.named_parameters() if not name.startswith("actor.")]
+    return torch.optim.AdamW([{"params": actor, "lr": config.lr}, {"params": own, "lr": config.critic_lr}], weight_decay=0.0)
+
+
+# ---- one iteration ----------------------------------------------------------------------------------------------------
+
+def credit(batch, old, ends, config, accelerator):
+    """Rewards and old values -> hae.HAE [B, T], and its three advantages normalised over all processes."""
+    truncated = batch.truncated & config.bootstrap
+    raw = hae(batch.rewards, batch.switch, batch.mask, *(batch.grid(v) for v in (old.v_high, old.v_low, old.v_switch)),
+              gamma=config.gamma, lam_low=config.lam_low, lam_high=config.lam_high,
+              end_high=ends.v_high * truncated, end_low=ends.v_low * truncated)
+    decides = batch.mask.clone()
+    decides[:, 0] = False                                               # at turn 0 there is no switch to decide on
+
+    def over_all(adv, where):                                           # [B, T], [B, T] -> [B, T]
+        both = torch.stack([adv.flatten(), where.flatten()]).T.to(accelerator.device)              # [B T, 2]
+        everyone = accelerator.gather(accelerator.pad_across_processes(both)).cpu()
+        width = len(everyone) // accelerator.num_processes
+        mine = normalize(everyone[:, 0], everyone[:, 1].bool())[accelerator.process_index * width:]
+        return mine[:adv.numel()].view_as(adv)
+
+    return raw, (over_all(raw.adv_switch, decides), over_all(raw.adv_subgoal, batch.switch & batch.mask),
+                 over_all(raw.adv_action, batch.mask))
+
+
+def update(policy, optimizer, batch, old, ref, raw, advantages, config, accelerator, actor_learns):
+    """PPO on one iteration's turns -> mean losses and diagnostics, as floats over all processes."""
+    samples, device = batch.samples, accelerator.device
+    opened = batch.flat(batch.switch)                                                               # [N]
+    decides = batch.col > 0                                                                         # [N]
+    token_adv, trained = hiper.token_advantages(samples.masks, opened, *map(batch.flat, advantages))    # [N, L]
+    trained &= ~samples.masks.switch | decides[:, None]
+    spoken = torch.arange(trained.shape[1]) < samples.lengths[:, None]                              # [N, L] response tokens
+    targets = [batch.flat(r) for r in (raw.ret_high, raw.ret_low, raw.ret_switch)]                  # [N] each
+    sizes = [len(p) + len(r) for p, r in zip(samples.prompts, samples.responses)]
+    turns = accelerator.reduce(torch.tensor(len(sizes), device=device), "sum").item()
+    total = defaultdict(float)
+    for _ in range(config.epochs):
+        for rows in torch.randperm(len(sizes)).tensor_split(math.ceil(turns / config.minibatch)):
+            counts = torch.stack([trained[rows].sum(), spoken[rows].sum(), opened[rows].sum(), torch.tensor(len(rows))])
+            n_trained, n_spoken, n_opened, n = accelerator.reduce(counts.to(device), "sum").clamp(min=1).tolist()   # global
+            for part in micro_batches([sizes[i] for i in rows], config.tokens_per_batch):
+                index = rows[part]
+                with accelerator.autocast():
+                    new = policy(*samples.rows(index.tolist(), device))
+                width = new.logp.shape[1]
+                here = lambda x: x[index, :width].to(device) if x.ndim == 2 else x[index].to(device)
+                learns, said = here(trained), here(spoken)                                          # [n, L]
+                surrogate, clipped = hiper.policy_loss(new.logp, here(old.logp), here(token_adv), config.clip)
+                policy_term = (surrogate * learns).sum() / n_trained
+                k3 = hiper.kl_k3(new.logp, here(ref.logp)) * said if ref else torch.zeros_like(new.logp)
+                kl_term = k3.sum() / n_spoken
+                v_high, v_low, v_switch = (hiper.value_loss(v, here(o), here(y), config.value_clip) for v, o, y in zip(
+                    (new.v_high, new.v_low, new.v_switch), (old.v_high, old.v_low, old.v_switch), targets))    # [n]
+                value_term = (v_high * here(opened)).sum() / n_opened + (v_low.sum() + v_switch.sum()) / n
+                loss = value_term + (policy_term + config.kl * kl_term if actor_learns else 0)
+                loss.backward()
+                for name, x in {"policy_loss": policy_term, "value_loss": value_term, "kl": kl_term,
+                                "clip_fraction": (clipped * learns).sum() / n_trained,
+                                "entropy": (new.entropy * learns).sum() / n_trained}.items():
+                    total[name] += float(x.detach()) / config.epochs / math.ceil(turns / config.minibatch)
+            step(policy, optimizer, config, accelerator, actor_learns)
+    names = list(total)
+    sums = accelerator.reduce(torch.tensor([total[k] for k in names], device=device), "sum").tolist()
+    return dict(zip(names, sums))
+
+
+def step(policy, optimizer, config, accelerator, actor_learns):
+    """One optimizer step on the sum of all processes' gradients (their losses are shares of one global mean)."""
+    for group, learns in zip(optimizer.param_groups, (actor_learns, True)):
+        params = group["params"]
+        for p in params:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad      # every process must take part
+            if accelerator.num_processes > 1:
+                p.grad = accelerator.reduce(p.grad, "sum")
+        torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm)
+        if not learns:
+            for p in params:
+                p.grad = None                                               # nor moved by Adam's momentum
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def explained_variance(values, targets, where):
+    """1 - Var(target - value) / Var(target) over the turns where the head has a target; all [B, T]."""
+    v, y = values[where], targets[where]
+    return float(1 - (y - v).var() / y.var().clamp(min=1e-8)) if len(y) > 1 else 0.0
+
+
+def iterate(policy, tokenizer, reference, optimizer, runner, config, accelerator, iteration):
+    """Play, score, credit, update -> (metrics, episodes, raw advantages)."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    set_seed(config.seed * 1_000_003 + iteration * 1_009 + rank)
+    fraction = 1 - 0.9 * iteration / config.iterations
+    for group, lr in zip(optimizer.param_groups, (config.lr, config.critic_lr)):
+        group["lr"] = lr * fraction
+    size = envs.size(config.env, runner.split)
+    pick = random.Random(config.seed * 1_000_003 + iteration)               # the same on every process
+    tasks = [pick.randrange(size) for _ in range(config.episodes)][rank::world]
+    clock = {"rollout": time.perf_counter()}
+    with accelerator.autocast():
+        episodes = collect(policy.actor, tokenizer, runner, tasks, slots=config.slots, temperature=config.temperature,
+                           style=config.style)
+        clock["score"] = time.perf_counter()
+        batch = batch_of(episodes, tokenizer)
+        old = score(policy, batch.samples, tokens=config.tokens_per_batch)
+        ref = score(reference, batch.samples, tokens=config.tokens_per_batch, parts=("logp",)) if reference else None
+        ends = score(policy, batch.ends, tokens=config.tokens_per_batch, parts=("values",))
+    raw, advantages = credit(batch, old, ends, config, accelerator)
+    clock["update"] = time.perf_counter()
+    losses = update(policy, optimizer, batch, old, ref, raw, advantages, config, accelerator, iteration >= config.critic_warmup)
+    clock["end"] = time.perf_counter()
+    names = list(clock)
+    seconds = {a: clock[b] - clock[a] for a, b in zip(names, names[1:])}
+    opens = batch.switch & batch.mask
+    fit = {"high": (old.v_high, raw.ret_high, opens), "low": (old.v_low, raw.ret_low, batch.mask),
+           "switch": (old.v_switch, raw.ret_switch, batch.mask)}
+    metrics = {"iteration": iteration, **summary(episodes), **losses, "lr": config.lr * fraction,
+               "explained_variance": {k: explained_variance(batch.grid(v), y, w) for k, (v, y, w) in fit.items()},
+               "seconds": seconds, "turns_per_second": len(batch.row) / seconds["rollout"]}
+    return metrics, episodes, raw
+
+
+# ---- saving and showing -----------------------------------------------------------------------------------------------
+
+def save(out, policy, tokenizer, optimizer, iteration, log):
+    """A checkpoint and the actor in Hugging Face's format, each complete before it takes the old one's place."""
+    torch.save({"policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration, "log": log},
+               out / "checkpoint.tmp")
+    temporary = out / "actor.tmp"
+    policy.actor.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(out / "actor", ignore_errors=True)
+    temporary.rename(out / "actor")
+    (out / "checkpoint.tmp").replace(out / "checkpoint.pt")
+    write_log(out, log)
+    picture(out, log)
+
+
+def write_log(out, log):
+    (out / "metrics.tmp").write_text("".join(json.dumps(line) + "\n" for line in log["lines"]))
+    (out / "metrics.tmp").replace(out / "metrics.jsonl")
+
+
+def picture(out, log):
+    """The learning curve: success on the training tasks as they come, and on the evaluation split before and after."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    lines = log["lines"]
+    x = [line["iteration"] for line in lines]
+    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(7, 6), height_ratios=(2, 1), layout="constrained")
+    above.plot(x, [100 * line["success"] for line in lines], ".-", color="tab:blue", label="train, as played (temperature of training)")
+    evals = log["evals"]
+    if evals:
+        above.errorbar([e["iteration"] for e in evals], [100 * e["success"] for e in evals], fmt="o", color="tab:red",
+                       yerr=[196 * math.sqrt(e["success"] * (1 - e["success"]) / e["episodes"]) for e in evals], capsize=3,
+                       label=f"{evals[0]['split']}, {evals[0]['episodes']} tasks, temperature {evals[0]['temperature']}")
+    above.set(ylim=(0, 100), ylabel="success %")
+    above.legend(loc="lower right", frameon=False)
+    below.plot(x, [line["switches"] for line in lines], ".-", color="tab:green", label="switches per episode")
+    below.plot(x, [line["turns"] for line in lines], ".-", color="tab:gray", label="turns per episode")
+    below.set(xlabel="iteration", ylim=(0, None))
+    below.legend(frameon=False)
+    figure.savefig(out / "curve.png", dpi=120)
+    plt.close(figure)
+
+
+def tell(episode, raw, b):
+    """One episode in full text with its segments and three advantages: collapse shows here first."""
+    lines = [f"task {episode.index} ({episode.task_type}): {episode.task} -> {'won' if episode.won else 'lost'}"]
+    for t, turn in enumerate(episode.turns):
+        if turn.opened:
+            lines.append(f"  -- {turn.subgoal or '(no subgoal)'}   A_subgoal {raw.adv_subgoal[b, t]:+.2f}")
+        error = f"   ! {turn.decision.error}" if turn.decision.error else ""
+        lines.append(f"     {turn.observation}")
+        lines.append(f"     > {turn.decision.action}   A_action {raw.adv_action[b, t]:+.2f}  A_switch {raw.adv_switch[b, t]:+.2f}{error}")
+    return "\n".join(lines)
+
+
+# ---- the run ----------------------------------------------------------------------------------------------------------
+
+def run(config, accelerator, out):
+    main, module = accelerator.is_main_process, envs.world(config.env)
+    logging.set_verbosity_error()
+    split = config.eval_split or module.SPLITS[-1]
+    with envs.Runner(config.env, module.SPLITS[0], config.env_workers) as runner:
+        policy, tokenizer, reference = build(config, out, runner, accelerator)
+        optimizer, first, log = optimizer_of(policy, config), 0, {"lines": [], "evals": []}
+        if (out / "checkpoint.pt").exists():
+            saved = torch.load(out / "checkpoint.pt", map_location=accelerator.device, weights_only=True)
+            policy.load_state_dict(saved["policy"])
+            optimizer.load_state_dict(saved["optimizer"])
+            first, log = saved["iteration"], saved["log"]
+
+        def test(iteration):
+            if main and not any(e["iteration"] == iteration for e in log["evals"]):
+                tasks = range(envs.size(config.env, split))[:config.eval_episodes or None]
+                with envs.Runner(config.env, split, config.env_workers) as other, accelerator.autocast():
+                    result = evaluate(policy.actor, tokenizer, other, tasks, temperature=config.eval_temperature,
+                                      slots=config.slots, style=config.style, seed=config.seed)
+                log["evals"].append({"iteration": iteration, "split": split, "temperature": config.eval_temperature, **result})
+                tqdm.write(f"{split}, {len(tasks)} tasks, temperature {config.eval_temperature}, iteration {iteration}:\n{table(result)}")
+
+        test(first if first else 0)
+        bar = tqdm(range(first, config.iterations), initial=first, total=config.iterations, desc="hiper", unit="it", disable=not main)
+        for iteration in bar:
+            metrics, episodes, raw = iterate(policy, tokenizer, reference, optimizer, runner, config, accelerator, iteration)
+            log["lines"].append(metrics)
+            bar.set_postfix(success=f"{metrics['success']:.0%}", switch_rate=f"{metrics['switch_rate']:.2f}")
+            if main:
+                write_log(out, log)
+                if config.show_every and iteration % config.show_every == 0:
+                    tqdm.write(tell(episodes[0], raw, 0))
+                if (iteration + 1) % config.save_every == 0 and iteration + 1 < config.iterations:
+                    save(out, policy, tokenizer, optimizer, iteration + 1, log)
+            accelerator.wait_for_everyone()
+        if main:
+            test(config.iterations)
+            save(out, policy, tokenizer, optimizer, config.iterations, log)
+    return log
+
+
+def main(argv=None):
+    config = read_config(sys.argv[1:] if argv is None else argv)
+    check(config)
+    accelerator = Accelerator(cpu=config.cpu, mixed_precision="no" if config.cpu or not torch.cuda.is_available() else "bf16")
+    out = Path(config.out)
+    if accelerator.is_main_process:
+        open_out(out, config)
+    accelerator.wait_for_everyone()
+    run(config, accelerator, out)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def read_config(argv):
+    parser = HfArgumentParser(Config, description=__doc__.splitlines()[0])
+    return parser.parse_args_into_dataclasses(argv)[0]
+
+
+def open_out(out, config):
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+
+
+if __name__ == "__main__":
+    main()

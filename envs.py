@@ -20,6 +20,7 @@ ended, truncated that the step limit cut it off. info holds task (str), task_typ
 
 `--env NAME` takes a name of `WORLDS` or of any importable module that has these, so a world of one's own is one file.
 """
+import contextlib
 import importlib
 import os
 import pickle
@@ -31,12 +32,13 @@ WORLDS = {"household": "household", "alfworld": "alfworld_env"}       # name -> 
 
 def world(name):
     """The module of world `name`; ValueError, saying what there is, for a name that is neither known nor importable."""
+    path, module = WORLDS.get(name, name), None
     try:
-        module = importlib.import_module(WORLDS.get(name, name))
+        if all(path.split(".")):                                        # not "./world.py", which importlib takes amiss
+            module = importlib.import_module(path)
     except ModuleNotFoundError as error:
-        if error.name != WORLDS.get(name, name).partition(".")[0]:
+        if not f"{path}.".startswith(f"{error.name}."):
             raise                                                       # the world is there, something it needs is not
-        module = None
     if not all(hasattr(module, needed) for needed in ("make", "size", "SPLITS")):
         raise ValueError(f"no world {name!r}: choose {', '.join(WORLDS)}, or name a module with SPLITS, size and make")
     return module
@@ -96,11 +98,16 @@ class Runner:
         busy = [(worker, part) for worker, part in zip(self.workers, share) if part]
         for worker, part in busy:                                       # all start before the first is waited for
             worker.send((method, part))
-        return {slot: answer for worker, _ in busy for slot, answer in worker.receive().items()}
+        parts = [worker.receive() for worker, _ in busy]                # all are read before one is raised: none stays behind
+        for part in parts:
+            if isinstance(part, Exception):
+                raise part
+        answers = {slot: answer for part in parts for slot, answer in part.items()}
+        return {slot: answers[slot] for slot in arguments}              # the order of the rows must not depend on `workers`
 
     def _reset(self, slot, index):
         if slot in self.envs:
-            self.envs[slot].close()
+            self.envs.pop(slot).close()
         self.envs[slot] = make(self.name, self.split, index, **self.options)
         return self.envs[slot].reset()
 
@@ -122,20 +129,20 @@ class _Worker:
         self.send(runner)
 
     def send(self, message):
-        pickle.dump(message, self.process.stdin)
-        self.process.stdin.flush()
+        with contextlib.suppress(OSError):                              # it died: `receive` will say so
+            pickle.dump(message, self.process.stdin)
+            self.process.stdin.flush()
 
     def receive(self):
+        """The answer, or the exception in its stead."""
         try:
-            answer = pickle.load(self.process.stdout)
-        except EOFError:
-            raise RuntimeError(f"an environment process died (exit {self.process.wait()}): its message is above") from None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+            return pickle.load(self.process.stdout)
+        except (EOFError, pickle.UnpicklingError):
+            return RuntimeError(f"an environment process died (exit {self.process.wait()}): its message is above")
 
     def close(self):
-        self.process.stdin.close()
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()                                  # `_serve` ends at that
         self.process.stdout.close()
         self.process.wait()
 
@@ -151,10 +158,19 @@ def _serve():
         try:
             method, arguments = pickle.load(requests)
         except EOFError:
-            return
+            return runner.close()
         try:
-            answer = runner._each(method, arguments)
+            answer = pickle.dumps(runner._each(method, arguments))
         except Exception as error:                                      # goes back to the caller, in his process
-            answer = error
-        pickle.dump(answer, answers)
+            answer = _pickled(error)
+        answers.write(answer)
         answers.flush()
+
+
+def _pickled(error):
+    """The exception as bytes; its words alone where the caller could not rebuild it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    return pickle.dumps(error)

@@ -117,7 +117,7 @@ def parse(text):
         elif tags != (1, 1):
             error = error or f"more than one <{kind}> tag"
     if not error and body["switch"] not in ("KEEP", "SWITCH"):
-        error = f"<switch> holds {body['switch']!r}, not KEEP or SWITCH"
+        error = f"<switch> holds {body['switch'][:20]!r}, not KEEP or SWITCH"
     if not error and not blocks["switch"].end() <= blocks["subgoal"].start() < blocks["subgoal"].end() <= blocks["action"].start():
         error = "blocks out of order"
     return Decision(body["switch"] == "SWITCH", body["subgoal"], body["action"], not error, error)
@@ -132,31 +132,40 @@ class Masks(NamedTuple):
     action: torch.Tensor
 
 
-_tables = weakref.WeakKeyDictionary()                               # tokenizer -> its id -> bytes table
+class Table(list):
+    """A list that answers b"" past its end: Qwen2.5 models have 271 or 399 more ids than their tokenizer, and can sample them."""
+
+    def __getitem__(self, i):
+        return super().__getitem__(i) if i < len(self) else b""
+
+
+_tables = weakref.WeakKeyDictionary()                               # tokenizer -> its length, its id -> bytes table
 
 
 def token_bytes(tokenizer):
     """list of bytes: what each id stands for, so that joining a sequence's entries gives its text exactly."""
-    if tokenizer in _tables and len(_tables[tokenizer]) == len(tokenizer):
-        return _tables[tokenizer]
+    size, table = _tables.get(tokenizer, (None, None))
+    if size == len(tokenizer):
+        return table
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]   # byte-level BPE writes these bytes as themselves,
     others = [b for b in range(256) if b not in printable]              # the others as the characters from 256 on
     byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
     decoder = str(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None))
     added = {i: t.content for i, t in tokenizer.added_tokens_decoder.items()}
-    table = []
-    for i, token in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
-        if token is None or i in added:                             # a gap in the ids, or a special token: its own text
-            table.append(added.get(i, "").encode())
+    vocab = tokenizer.get_vocab()
+    table = Table([b""] * (max(vocab.values()) + 1))                # a gap in the ids stands for nothing
+    for token, i in vocab.items():
+        if i in added:                                              # a special token: its own text
+            table[i] = added[i].encode()
         elif "ByteLevel" in decoder:                                # GPT-2, Qwen, Llama 3
-            table.append(bytes(byte_of[c] for c in token))
+            table[i] = bytes(byte_of[c] for c in token)
         elif decoder == "None":                                     # word level: decode joins with spaces
-            table.append(f" {token}".encode())
+            table[i] = f" {token}".encode()
         elif re.fullmatch(r"<0x[0-9A-F]{2}>", token):               # sentencepiece's byte fallback
-            table.append(bytes([int(token[3:5], 16)]))
+            table[i] = bytes([int(token[3:5], 16)])
         else:                                                       # sentencepiece writes a space as U+2581
-            table.append(token.replace("\u2581", " ").encode())
-    _tables[tokenizer] = table
+            table[i] = token.replace("\u2581", " ").encode()
+    _tables[tokenizer] = len(tokenizer), table
     return table
 
 
@@ -182,7 +191,7 @@ def decision_masks(ids, lengths, tokenizer):
         pieces = [table[i] for i in row[:length]]
         text = b"".join(pieces)
         blocks = [BLOCK[kind].search(text) for kind in KINDS]
-        if blocks[2] is None or not blocks[2][1].strip():
+        if blocks[2] is None or not blocks[2][1].decode("utf-8", "replace").strip():      # as `parse` reads it
             owner[n, :length] = 2
             continue
         starts = list(accumulate(map(len, pieces), initial=0))      # byte offset of each token's first character

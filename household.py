@@ -18,7 +18,7 @@ import random
 SPLITS = ("train", "seen", "unseen")
 SIZES = {"train": 20_000, "seen": 300, "unseen": 300}
 IN_PROCESS = True                                                   # envs.Runner may keep many of these in one process
-MAX_STEPS = 24
+MAX_STEPS = 20
 
 TASKS = {                                                           # ALFWorld's six families -> our sentence
     "pick_and_place_simple": "put a {obj} in {dest}",
@@ -179,48 +179,77 @@ class Household:
     def _page(self):
         """Where I am, what I hold, what I saw where, and where I did not look yet."""
         name = lambda o: f"{o} {self.state[o]}" if o in self.state else o
-        held = self._held()
-        at = "the middle" if self.at is None else f"{self.at} closed" if self.at in self.shut else self.at
-        seen = ", ".join(" ".join([p, *map(name, self._at(p)), *(["lamp 1"] if p == self.lamp else [])]) for p in self.seen)
-        unseen = " ".join(p for p in self.places if p not in self.seen)
-        return f"At {at}. Hold {name(held) if held else 'nothing'}. Unseen {unseen or 'nothing'}. Seen {seen or 'nothing'}."
+        things = lambda p: [*map(name, self._at(p)), *(["lamp 1"] if p == self.lamp else [])]
+        held, here = self._held(), self.at
+        at = f"{here or 'the middle'}{' closed' * (here in self.shut)}"
+        around = " ".join(things(here)) if here in self.seen else ""
+        known = ", ".join(" ".join([p, *things(p)]) for p in self.seen if p != here)
+        unknown = " ".join(p for p in self.places if p not in self.seen)
+        return (f"At {at}: {around or 'nothing'}. Hold {name(held) if held else 'nothing'}. "
+                f"Unseen {unknown or 'nothing'}. Seen {known or 'nothing'}.")
 
     def _info(self):
         return {"task": self.task, "task_type": self.task_type, "admissible": self.admissible(), "won": self.won,
-                "score": float(self.won)}
+                "score": float(self.won), "subgoals": self.subgoals()}
 
     # ---- the scripted expert ------------------------------------------------------------------------------------------
 
     def expert(self, subgoal):
-        """What a good housekeeper would do now -> (switch, subgoal, action); SWITCH when the goal in hand is a new one."""
-        goal, action = self._plan()
-        return goal != subgoal, goal, action
+        """What a good housekeeper with `subgoal` in hand does now -> (switch, subgoal, action); None where no episode runs.
 
-    def _plan(self):
+        KEEP while the subgoal is neither reached nor hopeless, whether or not it serves the task; else SWITCH to one that does.
+        """
+        if self.done:
+            return None
+        action = self._pursue(subgoal)
+        goal = subgoal if action else self._plan()
+        return action is None, goal, action or self._pursue(goal)
+
+    def subgoals(self):
+        """All that one could set out to do now; what the task wants is among them."""
         held = self._held()
         if held is None:
-            done = self._delivered()
-            wanted = [o for o, p in self.where.items() if kind(o) == self.obj and o not in done and p in self.seen]
-            if not wanted:
-                return f"find {self.obj}", self._search()
-            spot = self.where[wanted[0]]
-            return f"find {self.obj}", self._reach(spot) or f"take {wanted[0]} from {spot}"
-        if kind(held) != self.obj:                                  # a mistake to undo
-            spot = next((p for p in [self.at, *self.seen] if p in self.seen), None)
-            return f"drop {kind(held)}", self._reach(spot) or f"move {held} to {spot}"
+            return [f"find {self.obj}"]
+        if kind(held) != self.obj:
+            return [f"drop {kind(held)}"]
+        treat = [f"{verb} {self.obj}" for verb, state in APPLIANCES.values() if self.state.get(held) != state]
+        return treat + ["use lamp"] * (not self.lit) + [f"put {self.obj} in {self.dest}"]
+
+    def _plan(self):
+        """The subgoal that serves the task now."""
+        held, goals = self._held(), self.subgoals()
+        if held is None or kind(held) != self.obj:
+            return goals[0]
         if self.task_type == "look_at_obj_in_light":
-            return "use lamp", (self._reach(self.lamp) or "use lamp 1") if self.lamp in self.seen else self._search()
+            return "use lamp"
         if self.goal_state and self.state.get(held) != self.goal_state:
-            place = next(p for p, (_, state) in APPLIANCES.items() if state == self.goal_state)
-            verb = APPLIANCES[place][0]
-            return f"{verb} {self.obj}", self._reach(place) or f"{verb} {held} with {place}"
-        spot = next((p for p in [self.at, *self.seen, *self.places] if p and kind(p) == self.dest))
-        return f"put {self.obj} in {self.dest}", self._reach(spot) or f"move {held} to {spot}"
+            return next(f"{verb} {self.obj}" for verb, state in APPLIANCES.values() if state == self.goal_state)
+        return goals[-1]
+
+    def _pursue(self, subgoal):
+        """The next command towards `subgoal`, or None where it is reached, hopeless or not one of ours."""
+        if subgoal not in self.subgoals():
+            return None
+        verb, held = subgoal.split()[0], self._held()
+        if verb == "find":
+            out = self._delivered()
+            lying = [o for o, p in self.where.items() if kind(o) == self.obj and o not in out and p in self.seen]
+            return self._fetch(lying[0]) if lying else self._search()
+        if verb == "use":
+            return (self._reach(self.lamp) or "use lamp 1") if self.lamp in self.seen else self._search()
+        if verb in ("put", "drop"):
+            spot = next(p for p in [self.at, *self.seen, *self.places] if p in self.places and (verb == "drop" or kind(p) == self.dest))
+            return self._reach(spot) or f"move {held} to {spot}"
+        place = next(p for p, (does, _) in APPLIANCES.items() if does == verb)
+        return self._reach(place) or f"{verb} {held} with {place}"
+
+    def _fetch(self, thing):
+        return self._reach(self.where[thing]) or f"take {thing} from {self.where[thing]}"
 
     def _search(self):
+        """Look into the first place not seen yet, the one at hand before all."""
         here = [self.at] if self.at in self.places and self.at not in self.seen else []
-        spot = (here + [p for p in self.places if p not in self.seen])[0]
-        return self._reach(spot)
+        return self._reach((here + [p for p in self.places if p not in self.seen])[0])
 
     def _reach(self, place):
         """The next command on the way to `place` standing open, or None when that is done."""

@@ -4,38 +4,42 @@ Where no pretrained weights are given (`--model` left out), this stands in for t
 `drawer 1` as one token, a Qwen2 of about half a million parameters, and demonstrations of an expert who errs.
 """
 import random
+import re
+from collections import Counter
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import AddedToken, pre_tokenizers
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 import hiper
 from envs import Runner
 from rollout import Seat, encode, micro_batches, prompts_of
 
-WORDS = r"</?[a-z]+>|go to| ?[A-Za-z]+ \d+| ?[A-Za-z]+| ?\d+|\s|[^\sA-Za-z0-9<]+|<"
 
+def demonstrations(runner, tasks, *, plan_noise, action_noise, style, seed, slots=64):
+    """Episodes of the scripted expert, who errs in both his offices -> list of (prompt text, response text), turn by turn.
 
-def demonstrations(runner, tasks, *, noise, style, seed, slots=64):
-    """Episodes of the scripted expert, who errs: with probability `noise` a turn's action is any admissible one.
-
-    -> list of (prompt text, response text), turn by turn; what was done is what is shown, mistakes included.
-    RuntimeError where the world has no expert.
+    As a planner, with probability `plan_noise`, he switches to any subgoal that one could have (`info["subgoals"]`, where the
+    world lists them); as an executor, with probability `action_noise`, he takes any admissible action. What was done is what
+    is shown, mistakes included. RuntimeError where the world has no expert.
     """
     rng, shown, tasks = random.Random(seed), [], list(tasks)
     for start in range(0, len(tasks), slots):
         part = dict(enumerate(tasks[start:start + slots]))
-        seats = {s: Seat(part[s], *reset, style) for s, reset in runner.reset(part).items()}
+        seats = {slot: Seat(part[slot], *reset, style) for slot, reset in runner.reset(part).items()}
         while seats:
             try:
                 advice = runner.expert({slot: seat.subgoal for slot, seat in seats.items()})
             except AttributeError:
                 raise RuntimeError(f"world {runner.name!r} has no expert to clone: give --model, or --demos 0") from None
-            seats = {slot: seat for slot, seat in seats.items() if advice[slot] is not None}
+            seats = {slot: seat for slot, seat in seats.items() if advice[slot]}        # he may not know how to go on
+            whims = {slot: rng.choice(seat.info["subgoals"]) for slot, seat in seats.items()
+                     if advice[slot][0] and seat.info.get("subgoals") and rng.random() < plan_noise}
+            whims = {slot: (True, subgoal, action) for slot, (_, subgoal, action) in runner.expert(whims).items()}
             said = {}
             for slot, seat in seats.items():
-                switch, subgoal, action = advice[slot]
-                if rng.random() < noise:
+                switch, subgoal, action = whims.get(slot, advice[slot])
+                if rng.random() < action_noise:
                     action = rng.choice(seat.info["admissible"])
                 said[slot] = hiper.Decision(switch, subgoal, action, True, "")
                 shown.append((seat.prompt(), hiper.response(switch, subgoal, action)))
@@ -45,27 +49,34 @@ def demonstrations(runner, tasks, *, noise, style, seed, slots=64):
 
 
 def train_tokenizer(texts, vocab_size=2048):
-    """Byte-level BPE (no text is unknown) whose merges stay within words, tags and `kind number` names."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(WORDS), "isolated"),
-                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<|end|>"], show_progress=False,
-                                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>", padding_side="left",
-                                   clean_up_tokenization_spaces=False)
+    """Qwen2's own tokenizer class, its byte-level BPE learnt from `texts` (no text is unknown); a tag or a name such as
+    ` drawer 1` is one token of its own. -> Qwen2Tokenizer, which AutoTokenizer finds again beside a Qwen2 model."""
+    end = "<|endoftext|>"
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer = Qwen2Tokenizer({token: i for i, token in enumerate([end, *sorted(letters)])}, [])
+    tokenizer = tokenizer.train_new_from_iterator(texts, vocab_size, initial_alphabet=letters, show_progress=False)
+    names = Counter(name for text in texts for name in re.findall(r"</?[a-z]+>|KEEP|SWITCH|go to| [a-z]+ \d+", text))
+    tokenizer.add_tokens([AddedToken(name, normalized=False) for name, _ in names.most_common(vocab_size)])
+    return tokenizer
 
 
 def tiny_model(tokenizer, hidden=128, layers=2):
-    """A Qwen2 built from a config, random weights, float32."""
-    return Qwen2ForCausalLM(Qwen2Config(
+    """A Qwen2 built from a config, random weights, float32; `drawer 1` starts near `drawer` and `1`, which halves cloning."""
+    model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
         initializer_range=0.08, use_sliding_window=False, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id))
+        pad_token_id=tokenizer.pad_token_id, attn_implementation="eager"))
+    texts = [piece.decode("utf-8", "replace") for piece in hiper.token_bytes(tokenizer)]
+    ids, table = {text: i for i, text in enumerate(texts)}, model.get_input_embeddings().weight.data           # [V, H]
+    for i, text in enumerate(texts):
+        kind, _, number = text.rpartition(" ")
+        if kind in ids and number in ids and number.isdigit():
+            table[i] = (table[ids[kind]] + table[ids[number]]) / 2 ** 0.5 + 0.3 * table[i]
+    return model
 
 
-def clone(policy, tokenizer, shown, *, epochs, lr, seed, batch=64, prompt_weight=0.1, progress=iter):
+def clone(policy, tokenizer, shown, *, epochs, lr, seed, batch=32, prompt_weight=0.1, progress=iter):
     """Supervised learning of the demonstrations, in place; the prompt's own tokens count a little. -> last loss."""
     prompts = encode(tokenizer, [p for p, _ in shown])
     answers = tokenizer([r for _, r in shown], add_special_tokens=False)["input_ids"]

@@ -75,17 +75,23 @@ def main(argv=None):
     args = parser.parse_args(argv)
     logging.set_verbosity_error()
     try:
+        if args.slots < 1:
+            raise ValueError("--slots must be 1 or more")
+        if args.json and not args.json.absolute().parent.is_dir():
+            raise ValueError(f"--json: there is no folder {args.json.parent}")      # rather now than after the evaluation
         config = json.loads((args.out / "config.json").read_text())
         module = envs.world(config["env"])
         split = args.split or module.SPLITS[-1]
         tasks = range(envs.size(config["env"], split))[:args.episodes]
         if not tasks or (args.episodes or 1) < 1:
             raise ValueError("no episodes: --episodes must be 1 or more")
+        if not (args.out / "actor").is_dir():
+            raise FileNotFoundError                                         # or transformers asks the hub for it
         tokenizer = AutoTokenizer.from_pretrained(args.out / "actor", padding_side="left")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         actor = AutoModelForCausalLM.from_pretrained(args.out / "actor", dtype="auto").to(device).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        missing = isinstance(error, FileNotFoundError) or "actor" in str(error)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        missing = isinstance(error, (FileNotFoundError, NotADirectoryError, KeyError))
         sys.exit(fail(f"{args.out} holds no finished training run (config.json and actor/): give the --out of train.py"
                       if missing else error))
     temperature = 0.0 if args.greedy else args.temperature

@@ -1,6 +1,6 @@
 """A small household in ALFWorld's manner: pure Python, deterministic, quick enough to learn in on a CPU.
 
-A room holds appliances (sink, microwave, fridge) and five storage places, some of them closed. Objects lie in the storage
+A room holds appliances (sink, microwave, fridge) and four storage places, some of them closed. Objects lie in the storage
 places. One of ALFWorld's six task families is asked for; only success pays. The agent carries one object at a time.
 
 What differs from ALFWorld, so that a model of half a million parameters can play from a prompt of about sixty tokens:
@@ -18,7 +18,8 @@ import random
 SPLITS = ("train", "seen", "unseen")
 SIZES = {"train": 20_000, "seen": 300, "unseen": 300}
 IN_PROCESS = True                                                   # envs.Runner may keep many of these in one process
-MAX_STEPS = 20
+MAX_STEPS = 18                                                      # the day
+DAY = ("Dawn", "Morning", "Noon", "Evening", "Dusk", "Night")       # how much of it is gone, for those who value states
 
 TASKS = {                                                           # ALFWorld's six families -> our sentence
     "pick_and_place_simple": "put a {obj} in {dest}",
@@ -34,8 +35,8 @@ NEEDS = {"pick_clean_then_place_in_recep": "clean", "pick_heat_then_place_in_rec
 APPLIANCES = {"sink 1": ("clean", "clean"), "microwave 1": ("heat", "hot"), "fridge 1": ("cool", "cool")}  # verb, state
 OPEN, CLOSED = ("desk", "shelf", "table"), ("drawer", "cabinet", "box")
 STORAGE = OPEN + CLOSED
-OBJECTS = ("mug", "plate", "apple", "egg", "bread", "knife", "spoon", "book", "pen", "watch", "cloth", "soap")
-LAYOUTS = [c for c in itertools.combinations_with_replacement(STORAGE, 5) if max(map(c.count, c)) <= 2]
+OBJECTS = ("mug", "plate", "apple", "egg", "knife", "book", "watch", "cloth", "soap")
+LAYOUTS = [c for c in itertools.combinations_with_replacement(STORAGE, 4) if max(map(c.count, c)) <= 2]
 UNSEEN_LAYOUTS = LAYOUTS[::4]
 TRAIN_LAYOUTS = [layout for layout in LAYOUTS if layout not in UNSEEN_LAYOUTS]
 
@@ -86,7 +87,7 @@ class Household:
         for number in (1, 2) if two else (rng.randint(1, 2),):
             kinds = [p for p in allowed if p != self.dest] if two else [start]
             self.home[f"{self.obj} {number}"] = rng.choice([p for p in self.places if kind(p) in kinds])
-        for other in rng.sample([o for o in OBJECTS if o != self.obj], 4):
+        for other in rng.sample([o for o in OBJECTS if o != self.obj], 2):
             free = [p for p in self.places if unseen or not held_out(other, kind(p))]
             if free:
                 self.home[f"{other} {rng.randint(1, 2)}"] = rng.choice(free)
@@ -185,7 +186,8 @@ class Household:
         around = " ".join(things(here)) if here in self.seen else ""
         known = ", ".join(" ".join([p, *things(p)]) for p in self.seen if p != here)
         unknown = " ".join(p for p in self.places if p not in self.seen)
-        return (f"At {at}: {around or 'nothing'}. Hold {name(held) if held else 'nothing'}. "
+        hour = DAY[self.steps * len(DAY) // (self.max_steps + 1)]
+        return (f"{hour}. At {at}: {around or 'nothing'}. Hold {name(held) if held else 'nothing'}. "
                 f"Unseen {unknown or 'nothing'}. Seen {known or 'nothing'}.")
 
     def _info(self):

@@ -83,10 +83,13 @@ def generate(actor, tokenizer, prompts, *, temperature, max_response):
     ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
     stop = StopAtAction(tokenizer, width, len(prompts), ends)
     sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature > 0 else dict(do_sample=False)
-    config = GenerationConfig(max_new_tokens=max_response, repetition_penalty=1.0, eos_token_id=sorted(ends), pad_token_id=pad,
-                              **sampling)                           # every field that a checkpoint's own config could set
-    out = actor.generate(input_ids=ids, attention_mask=mask, generation_config=config,
-                         stopping_criteria=StoppingCriteriaList([stop]))[:, width:].tolist()
+    config = GenerationConfig(max_new_tokens=max_response, eos_token_id=sorted(ends), pad_token_id=pad, **sampling)
+    own, actor.generation_config = actor.generation_config, config  # HF fills what `config` leaves open from the checkpoint's own
+    try:
+        out = actor.generate(input_ids=ids, attention_mask=mask, generation_config=config,
+                             stopping_criteria=StoppingCriteriaList([stop]))[:, width:].tolist()
+    finally:
+        actor.generation_config = own
     return [row[:length or len(row)] for row, length in zip(out, stop.lengths)]
 
 

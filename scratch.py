@@ -13,20 +13,22 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 import hiper
 from envs import Runner
-from rollout import Seat, encode, micro_batches, prompts_of
+from rollout import Seat, encode, samples_of
 
 
-def demonstrations(runner, tasks, *, plan_noise, action_noise, style, seed, slots=64):
-    """Episodes of the scripted expert, who errs in both his offices -> list of (prompt text, response text), turn by turn.
+def demonstrations(runner, tasks, *, plan_noise, slips, style, seed, slots=64):
+    """Episodes of the scripted expert -> list of (prompt text, response text, turns to victory or None), turn by turn.
 
-    As a planner, with probability `plan_noise`, he switches to any subgoal that one could have (`info["subgoals"]`, where the
-    world lists them); as an executor, with probability `action_noise`, he takes any admissible action. What was done is what
-    is shown, mistakes included. RuntimeError where the world has no expert.
+    He is a poor planner: with probability `plan_noise` he switches to any subgoal that one could have (`info["subgoals"]`, where
+    the world lists them), and that is what is shown. As an executor he knows what to do, but with probability `slips` another
+    action happens instead, admissible here or earlier: shown is what he meant, so that the clone has seen how to go on after a
+    mistake. RuntimeError where the world has no expert.
     """
     rng, shown, tasks = random.Random(seed), [], list(tasks)
     for start in range(0, len(tasks), slots):
         part = dict(enumerate(tasks[start:start + slots]))
         seats = {slot: Seat(part[slot], *reset, style) for slot, reset in runner.reset(part).items()}
+        stray, told, won = {}, {slot: [] for slot in seats}, set()
         while seats:
             try:
                 advice = runner.expert({slot: seat.subgoal for slot, seat in seats.items()})
@@ -36,15 +38,18 @@ def demonstrations(runner, tasks, *, plan_noise, action_noise, style, seed, slot
             whims = {slot: rng.choice(seat.info["subgoals"]) for slot, seat in seats.items()
                      if advice[slot][0] and seat.info.get("subgoals") and rng.random() < plan_noise}
             whims = {slot: (True, subgoal, action) for slot, (_, subgoal, action) in runner.expert(whims).items()}
-            said = {}
+            said, done = {}, {}
             for slot, seat in seats.items():
                 switch, subgoal, action = whims.get(slot, advice[slot])
-                if rng.random() < action_noise:
-                    action = rng.choice(seat.info["admissible"])
                 said[slot] = hiper.Decision(switch, subgoal, action, True, "")
-                shown.append((seat.prompt(), hiper.response(switch, subgoal, action)))
-            outcomes = runner.step({slot: d.action for slot, d in said.items()})
+                stray.setdefault(slot, []).extend(seat.info["admissible"])
+                done[slot] = rng.choice(stray[slot]) if rng.random() < slips else action
+                told[slot].append((seat.prompt(), hiper.response(switch, subgoal, action)))
+            outcomes = runner.step(done)
             seats = {slot: seat for slot, seat in seats.items() if not seat.answer([], [], said[slot], outcomes[slot])}
+            won.update({slot for slot in outcomes if outcomes[slot][-1]["won"]})
+        for slot, turns in told.items():
+            shown += [(*turn, len(turns) - 1 - t if slot in won else None) for t, turn in enumerate(turns)]
     return shown
 
 
@@ -76,27 +81,30 @@ def tiny_model(tokenizer, hidden=128, layers=2):
     return model
 
 
-def clone(policy, tokenizer, shown, *, epochs, lr, seed, batch=32, prompt_weight=0.1, progress=iter):
-    """Supervised learning of the demonstrations, in place; the prompt's own tokens count a little. -> last loss."""
-    prompts = encode(tokenizer, [p for p, _ in shown])
-    answers = tokenizer([r for _, r in shown], add_special_tokens=False)["input_ids"]
-    rng, device = random.Random(seed), policy.heads.weight.device
-    optimizer = torch.optim.AdamW(policy.actor.parameters(), lr=lr, weight_decay=0.01)
+def clone(policy, tokenizer, shown, *, epochs, lr, seed, gamma, success_reward, batch=32, value_weight=0.002, progress=iter):
+    """Supervised learning of the demonstrations, in place: the actor their responses, the value heads their returns.
+
+    -> mean loss of the responses over the last twenty steps, nats per token. The clone acts as the demonstrator did, so his
+    returns are the clone's too, or nearly, and the critic need not start blind.
+    """
+    samples = samples_of(encode(tokenizer, [prompt for prompt, _, _ in shown]),
+                         tokenizer([said for _, said, _ in shown], add_special_tokens=False)["input_ids"], tokenizer)
+    device = policy.heads.weight.device
+    returns = torch.tensor([0.0 if left is None else success_reward * gamma ** left for *_, left in shown], device=device)   # [N]
+    rng, losses = random.Random(seed), []
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.01)
     order = [rng.sample(range(len(shown)), len(shown)) for _ in range(epochs)]
-    steps = [rows for epoch in order for rows in zip(*[iter(epoch)] * batch)]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=len(steps) + 1, pct_start=0.1)
+    steps = [list(rows) for epoch in order for rows in zip(*[iter(epoch)] * min(batch, len(shown)))]
+    ramp = lambda n: min(1.0, (n + 1) / 30) * (1 - 0.95 * n / len(steps))       # warm-up, then down to a twentieth
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, ramp)
     for rows in progress(steps):
-        seqs = [prompts[n] + answers[n] for n in rows]
-        width = max(map(len, seqs))
-        ids = torch.tensor([s + [0] * (width - len(s)) for s in seqs], device=device)                  # [n, P + L]
-        weight = torch.tensor([[prompt_weight] * (len(prompts[n]) - 1) + [1.0] * len(answers[n])
-                               + [0.0] * (width - len(prompts[n]) - len(answers[n])) for n in rows], device=device)
-        hidden = policy.actor.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-        logp, _ = hiper.token_logp(hidden.flatten(0, 1), ids[:, 1:].flatten(), policy.actor.get_output_embeddings())
-        loss = -(logp.view_as(weight) * weight).sum() / weight.sum()
+        scores = policy(*samples.rows(rows, device))
+        loss = -scores.logp.sum() / samples.lengths[rows].sum()
+        values = sum(((v - returns[rows]) ** 2).mean() for v in (scores.v_high, scores.v_low, scores.v_switch))
         optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.actor.parameters(), 1.0)
+        (loss + value_weight * values).backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    return float(loss)
+        losses.append(loss.detach())
+    return float(torch.stack(losses[-20:]).mean())

@@ -10,6 +10,8 @@ global token count and one global advantage normalisation, so that N processes m
 Every iteration seeds itself from (seed, iteration, rank): a run that was stopped and started again goes on as if it had not been.
 """
 import dataclasses
+import difflib
+import errno
 import json
 import math
 import os
@@ -22,10 +24,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.utils import logging
 
 import envs
@@ -46,7 +49,7 @@ class Config:
     env: str = knob("household", "world: household, alfworld, or an importable module of your own (see envs.py)")
     model: str = knob("", "Hugging Face name or path of a causal LM; empty: a tiny Qwen2 from scratch (paper: Qwen2.5-1.5B/7B-Instruct)")
     method: str = knob("hiper", "hiper")
-    out: str = knob("runs/household", "folder for everything that is written")
+    out: str = knob("", "folder for everything that is written; empty: runs/ENV-SEED")
     seed: int = knob(0, "seed of everything random")
     iterations: int = knob(40, "rollout-update iterations (paper: 150)")
     # rollout
@@ -60,9 +63,9 @@ class Config:
     max_prompt: int = knob(2048, "prompt tokens at the most (paper: 2048)")
     max_response: int = knob(24, "response tokens at the most (paper: 512)")
     success_reward: float = knob(10.0, "reward of winning (paper: 10)")
-    invalid_penalty: float = knob(0.1, "taken off on a turn with an invalid format (paper: 0.1)")
+    invalid_penalty: float = knob(0.5, "taken off on a turn with an invalid format (paper: 0.1)")
     # credit
-    gamma: float = knob(1.0, "discount per turn (paper: 1.0)")
+    gamma: float = knob(0.95, "discount per turn (paper: 1.0)")
     lam_low: float = knob(1.0, "lambda of the executor, per turn (paper: 1.0)")
     lam_high: float = knob(0.95, "lambda of the planner, per segment (paper: 0.95)")
     bootstrap: bool = knob(False, "value the state after a truncated episode (paper: true) or count it 0 (released code on WebShop)")
@@ -70,20 +73,20 @@ class Config:
     critic: str = knob("separate", "separate critic backbone, or one shared with the actor (paper: separate)")
     lr: float = knob(1.5e-4, "actor learning rate, falling linearly to a tenth (paper: 1e-6, constant)")
     critic_lr: float = knob(5e-4, "critic learning rate (paper: 1e-5)")
-    critic_warmup: int = knob(2, "first iterations that train the critic only (paper: 0)")
+    critic_warmup: int = knob(1, "first iterations that train the critic only (paper: 0)")
     epochs: int = knob(1, "passes over each iteration's turns (paper: 1)")
     minibatch: int = knob(256, "turns per optimizer step, over all processes (paper: 256)")
     tokens_per_batch: int = knob(4096, "tokens per forward, padding included: the knob for memory")
     clip: float = knob(0.2, "PPO ratio clip (paper: 0.2)")
-    value_clip: float = knob(0.5, "how far a value may move from its old one; 0: as far as it likes (released code: 0.5)")
+    value_clip: float = knob(0.0, "how far a value may move from its old one; 0: as far as it likes (released code: 0.5)")
     kl: float = knob(0.01, "weight of the k3 KL to the frozen start model; 0: no reference model (paper: 0.01)")
     max_grad_norm: float = knob(1.0, "gradient clip, for actor and critic each")
     gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, a third more time")
     # start from scratch
-    demos: int = knob(1000, "demonstration episodes to clone before training; 0: none")
-    plan_noise: float = knob(1.0, "probability that the demonstrator sets out for any subgoal that one could have")
-    action_noise: float = knob(0.05, "probability that the demonstrator takes any admissible action")
-    clone_epochs: int = knob(3, "passes over the demonstrations")
+    demos: int = knob(1600, "demonstration episodes to clone before training; 0: none")
+    plan_noise: float = knob(0.9, "probability that the demonstrator sets out for any subgoal that one could have")
+    slips: float = knob(0.15, "probability that another action happens than the one the demonstrator shows")
+    clone_epochs: int = knob(2, "passes over the demonstrations")
     clone_lr: float = knob(3e-3, "learning rate of cloning")
     # reporting
     eval_split: str = knob("", "split played after the warm start and at the end; empty: the world's last (unseen)")
@@ -98,24 +101,37 @@ class Config:
         return Style(**{name: getattr(self, name) for name in Style.__dataclass_fields__})
 
 
+class UserError(Exception):
+    """What the caller can mend: one sentence, exit code 2, nothing overwritten."""
+
+
 def check(config):
-    """ValueError in one sentence for what cannot be meant."""
+    """UserError for what cannot be meant, or cannot work, before anything is written."""
     for name in ("iterations", "episodes", "slots", "epochs", "minibatch", "tokens_per_batch", "max_prompt", "max_response", "save_every"):
         if getattr(config, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, not {getattr(config, name)}")
-    for name in ("gamma", "lam_low", "lam_high", "plan_noise", "action_noise"):
+            raise UserError(f"--{name} must be at least 1, not {getattr(config, name)}")
+    for name in ("gamma", "lam_low", "lam_high", "plan_noise", "slips"):
         if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"--{name} must lie in [0, 1], not {getattr(config, name)}")
+            raise UserError(f"--{name} must lie in [0, 1], not {getattr(config, name)}")
     for name, choices in {"method": ("hiper",), "critic": ("separate", "shared")}.items():
         if getattr(config, name) not in choices:
-            raise ValueError(f"--{name} must be {' or '.join(choices)}, not {getattr(config, name)!r}")
+            raise UserError(f"--{name} must be {' or '.join(choices)}, not {getattr(config, name)!r}")
     if not config.model and not config.demos:
-        raise ValueError("a model from scratch needs demonstrations: give --demos, or --model")
-    module = envs.world(config.env)
-    if config.eval_split and config.eval_split not in module.SPLITS:
-        raise ValueError(f"--eval_split must be one of {', '.join(module.SPLITS)}, not {config.eval_split!r}")
-    if envs.size(config.env, module.SPLITS[0]) < 1:
-        raise ValueError(f"world {config.env!r} has no tasks to train on")
+        raise UserError("a model from scratch needs demonstrations: give --demos, or --model")
+    try:
+        module = envs.world(config.env)
+        if config.eval_split and config.eval_split not in module.SPLITS:
+            raise UserError(f"--eval_split must be one of {', '.join(module.SPLITS)}, not {config.eval_split!r}")
+        with envs.Runner(config.env, module.SPLITS[0], 1) as runner:
+            runner.reset({0: 0})                                            # what is not installed shows here
+    except (ValueError, RuntimeError, IndexError) as error:
+        raise UserError(error) from None
+    if config.model:
+        try:
+            AutoConfig.from_pretrained(config.model), AutoTokenizer.from_pretrained(config.model)
+        except (OSError, ValueError):
+            raise UserError(f"no model {config.model!r}: give a folder with a model and its tokenizer in Hugging Face's format, or "
+                            "the name of one on the hub (which must be reachable)") from None
 
 
 # ---- setting up -------------------------------------------------------------------------------------------------------
@@ -135,6 +151,8 @@ def build(config, out, runner, accelerator):
     policy = hiper.ActorCritic(load(torch.float32), config.critic, config.temperature).to(accelerator.device)
     if config.gradient_checkpointing:
         policy.actor.gradient_checkpointing_enable()
+    if not config.model:
+        policy.heads.load_state_dict(torch.load(start / "heads.pt", map_location=accelerator.device, weights_only=True))
     half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     reference = hiper.ActorCritic(load(half), temperature=config.temperature).to(accelerator.device) if config.kl else None
     return policy, tokenizer, reference
@@ -143,16 +161,18 @@ def build(config, out, runner, accelerator):
 def clone(config, out, runner, accelerator):
     """Tokenizer, tiny model and cloned expert -> out/start, in Hugging Face's format."""
     tasks = range(min(config.demos, envs.size(config.env, runner.split)))
-    shown = scratch.demonstrations(runner, tasks, plan_noise=config.plan_noise,
-                                  action_noise=config.action_noise, style=config.style, seed=config.seed, slots=config.slots)
-    tokenizer = scratch.train_tokenizer([part for turn in shown for part in turn])
+    shown = scratch.demonstrations(runner, tasks, plan_noise=config.plan_noise, slips=config.slips,
+                                   style=config.style, seed=config.seed, slots=config.slots)
+    tokenizer = scratch.train_tokenizer([text for *texts, _ in shown for text in texts])
     torch.manual_seed(config.seed)
     policy = hiper.ActorCritic(scratch.tiny_model(tokenizer), "shared").to(accelerator.device)
     scratch.clone(policy, tokenizer, shown, epochs=config.clone_epochs, lr=config.clone_lr, seed=config.seed,
+                  gamma=config.gamma, success_reward=config.success_reward,
                   progress=lambda steps: tqdm(steps, "cloning the expert", unit="step"))
     temporary = out / "start.tmp"
     policy.actor.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
+    torch.save(policy.heads.state_dict(), temporary / "heads.pt")
     temporary.rename(out / "start")
 
 
@@ -160,7 +180,7 @@ def optimizer_of(policy, config):
     """AdamW over two groups: the actor, and what belongs to the critic alone."""
     actor = list(policy.actor.parameters())
     own = [p for name, p in policy.named_parameters() if not name.startswith("actor.")]
-    return torch.optim.AdamW([{"params": actor, "lr": config.lr}, {"params": own, "lr": config.critic_lr}], weight_decay=0.0)
+    return torch.optim.AdamW([{"params": actor, "lr": config.lr}, {"params": own, "lr": config.critic_lr}], eps=1e-5, weight_decay=0.0)
 
 
 # ---- one iteration ----------------------------------------------------------------------------------------------------
@@ -387,26 +407,65 @@ def run(config, accelerator, out):
 
 
 def main(argv=None):
-    config = read_config(sys.argv[1:] if argv is None else argv)
-    check(config)
-    accelerator = Accelerator(cpu=config.cpu, mixed_precision="no" if config.cpu or not torch.cuda.is_available() else "bf16")
-    out = Path(config.out)
-    if accelerator.is_main_process:
-        open_out(out, config)
-    accelerator.wait_for_everyone()
-    run(config, accelerator, out)
+    try:
+        config = read_config(sys.argv[1:] if argv is None else argv)
+        check(config)
+        accelerator = Accelerator(cpu=config.cpu, mixed_precision="bf16" if torch.cuda.is_available() and not config.cpu else "no")
+        out = Path(config.out)
+        if accelerator.is_main_process:
+            open_out(out, config)
+        accelerator.wait_for_everyone()
+        run(config, accelerator, out)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        sys.exit(fail(f"cannot write to {config.out} ({error.strerror}): make room, then give the same command again; "
+                      "it goes on from the last checkpoint"))
+    except UserError as error:
+        sys.exit(fail(error))
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
 def read_config(argv):
-    parser = HfArgumentParser(Config, description=__doc__.splitlines()[0])
-    return parser.parse_args_into_dataclasses(argv)[0]
+    """Flags, and before them one YAML or JSON file if one is given; flags win -> Config. UserError for what is unknown."""
+    names = {f.name for f in dataclasses.fields(Config)}
+    parser = HfArgumentParser(Config, description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (python train.py --help lists all flags)"))
+    if argv and not argv[0].startswith("-"):
+        try:
+            given = yaml.safe_load(Path(argv[0]).read_text()) or {}             # JSON is YAML
+        except (OSError, yaml.YAMLError) as error:
+            raise UserError(f"cannot read the configuration {argv[0]}: {str(error).splitlines()[0]}") from None
+        for name in given:
+            if name not in names:
+                raise UserError(f"{argv[0]}: there is no field {name!r}" + nearest(name, names))
+        parser.set_defaults(**{name: str(value) for name, value in given.items()})
+        argv = argv[1:]
+    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        raise UserError(f"there is no flag {unknown[0]!r}" + nearest(unknown[0].lstrip("-"), names))
+    return dataclasses.replace(config, out=config.out or f"runs/{config.env}-{config.seed}")
+
+
+def nearest(name, names):
+    near = difflib.get_close_matches(name, names, 1)
+    return f", did you mean {near[0]!r}?" if near else " (python train.py --help lists all)"
 
 
 def open_out(out, config):
+    """Make the folder of a new run, or accept that of the very same one. UserError, with nothing touched, otherwise."""
+    mine = dataclasses.asdict(config)
+    if (out / "config.json").is_file():
+        theirs = json.loads((out / "config.json").read_text())
+        differs = [f"{k} {theirs.get(k)!r} there, {v!r} here" for k, v in mine.items() if theirs.get(k) != v and k != "out"]
+        if differs:
+            raise UserError(f"{out} holds another run ({'; '.join(differs)}): give another --out, or remove it")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not a run of this script: give another --out")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+    (out / "config.json").write_text(json.dumps(mine, indent=1))
 
 
 if __name__ == "__main__":

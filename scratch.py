@@ -12,7 +12,6 @@ from tokenizers import AddedToken, pre_tokenizers
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 import hiper
-from envs import Runner
 from rollout import Seat, encode, samples_of
 
 

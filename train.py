@@ -9,129 +9,31 @@ global token count and one global advantage normalisation, so that N processes m
 
 Every iteration seeds itself from (seed, iteration, rank): a run that was stopped and started again goes on as if it had not been.
 """
-import dataclasses
-import difflib
 import errno
 import json
 import math
-import os
 import random
 import shutil
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
+from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import envs
 import hiper
 import scratch
+from config import UserError, check, open_out, read_config
 from eval import evaluate, fail, summary, table
 from hae import hae, normalize
-from rollout import Style, batch_of, collect, micro_batches, score
-
-
-def knob(default, text):
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass
-class Config:
-    # what
-    env: str = knob("household", "world: household, alfworld, or an importable module of your own (see envs.py)")
-    model: str = knob("", "Hugging Face name or path of a causal LM; empty: a tiny Qwen2 from scratch (paper: Qwen2.5-1.5B/7B-Instruct)")
-    method: str = knob("hiper", "hiper")
-    out: str = knob("", "folder for everything that is written; empty: runs/ENV-SEED")
-    seed: int = knob(0, "seed of everything random")
-    iterations: int = knob(40, "rollout-update iterations (paper: 150)")
-    # rollout
-    episodes: int = knob(64, "episodes per iteration, over all processes (paper: 128)")
-    slots: int = knob(64, "episodes in play at once, per process")
-    env_workers: int = knob(0, "environment processes for worlds that need them; 0: one per core")
-    temperature: float = knob(1.0, "sampling temperature in training (paper: 1.0)")
-    history: int = knob(0, "past (observation, action) pairs in the prompt (paper: 2; household's page sums up the past itself)")
-    brief: bool = knob(True, "short prompt without instructions, for a model that was cloned (paper: false)")
-    show_admissible: bool = knob(False, "list the admissible actions in the prompt (paper: true)")
-    max_prompt: int = knob(2048, "prompt tokens at the most (paper: 2048)")
-    max_response: int = knob(24, "response tokens at the most (paper: 512)")
-    success_reward: float = knob(10.0, "reward of winning (paper: 10)")
-    invalid_penalty: float = knob(0.5, "taken off on a turn with an invalid format (paper: 0.1)")
-    # credit
-    gamma: float = knob(0.95, "discount per turn (paper: 1.0)")
-    lam_low: float = knob(1.0, "lambda of the executor, per turn (paper: 1.0)")
-    lam_high: float = knob(0.95, "lambda of the planner, per segment (paper: 0.95)")
-    bootstrap: bool = knob(False, "value the state after a truncated episode (paper: true) or count it 0 (released code on WebShop)")
-    # update
-    critic: str = knob("separate", "separate critic backbone, or one shared with the actor (paper: separate)")
-    lr: float = knob(1.5e-4, "actor learning rate, falling linearly to a tenth (paper: 1e-6, constant)")
-    critic_lr: float = knob(5e-4, "critic learning rate (paper: 1e-5)")
-    critic_warmup: int = knob(1, "first iterations that train the critic only (paper: 0)")
-    epochs: int = knob(1, "passes over each iteration's turns (paper: 1)")
-    minibatch: int = knob(256, "turns per optimizer step, over all processes (paper: 256)")
-    tokens_per_batch: int = knob(4096, "tokens per forward, padding included: the knob for memory")
-    clip: float = knob(0.2, "PPO ratio clip (paper: 0.2)")
-    value_clip: float = knob(0.0, "how far a value may move from its old one; 0: as far as it likes (released code: 0.5)")
-    kl: float = knob(0.01, "weight of the k3 KL to the frozen start model; 0: no reference model (paper: 0.01)")
-    max_grad_norm: float = knob(1.0, "gradient clip, for actor and critic each")
-    gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, a third more time")
-    # start from scratch
-    demos: int = knob(1600, "demonstration episodes to clone before training; 0: none")
-    plan_noise: float = knob(0.9, "probability that the demonstrator sets out for any subgoal that one could have")
-    slips: float = knob(0.15, "probability that another action happens than the one the demonstrator shows")
-    clone_epochs: int = knob(2, "passes over the demonstrations")
-    clone_lr: float = knob(3e-3, "learning rate of cloning")
-    # reporting
-    eval_split: str = knob("", "split played after the warm start and at the end; empty: the world's last (unseen)")
-    eval_episodes: int = knob(0, "tasks of that split to play; 0: all")
-    eval_temperature: float = knob(0.4, "sampling temperature in evaluation (paper: 0.4)")
-    save_every: int = knob(10, "iterations between checkpoints")
-    show_every: int = knob(10, "iterations between episodes printed in full; 0: never")
-    cpu: bool = knob(False, "stay on the CPU where there is a GPU")
-
-    @property
-    def style(self):
-        return Style(**{name: getattr(self, name) for name in Style.__dataclass_fields__})
-
-
-class UserError(Exception):
-    """What the caller can mend: one sentence, exit code 2, nothing overwritten."""
-
-
-def check(config):
-    """UserError for what cannot be meant, or cannot work, before anything is written."""
-    for name in ("iterations", "episodes", "slots", "epochs", "minibatch", "tokens_per_batch", "max_prompt", "max_response", "save_every"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(config, name)}")
-    for name in ("gamma", "lam_low", "lam_high", "plan_noise", "slips"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise UserError(f"--{name} must lie in [0, 1], not {getattr(config, name)}")
-    for name, choices in {"method": ("hiper",), "critic": ("separate", "shared")}.items():
-        if getattr(config, name) not in choices:
-            raise UserError(f"--{name} must be {' or '.join(choices)}, not {getattr(config, name)!r}")
-    if not config.model and not config.demos:
-        raise UserError("a model from scratch needs demonstrations: give --demos, or --model")
-    try:
-        module = envs.world(config.env)
-        if config.eval_split and config.eval_split not in module.SPLITS:
-            raise UserError(f"--eval_split must be one of {', '.join(module.SPLITS)}, not {config.eval_split!r}")
-        with envs.Runner(config.env, module.SPLITS[0], 1) as runner:
-            runner.reset({0: 0})                                            # what is not installed shows here
-    except (ValueError, RuntimeError, IndexError) as error:
-        raise UserError(error) from None
-    if config.model:
-        try:
-            AutoConfig.from_pretrained(config.model), AutoTokenizer.from_pretrained(config.model)
-        except (OSError, ValueError):
-            raise UserError(f"no model {config.model!r}: give a folder with a model and its tokenizer in Hugging Face's format, or "
-                            "the name of one on the hub (which must be reachable)") from None
+from rollout import batch_of, collect, micro_batches, score
 
 
 # ---- setting up -------------------------------------------------------------------------------------------------------
@@ -264,16 +166,16 @@ def step(policy, optimizer, config, accelerator, actor_learns):
 
 
 def explained_variance(values, targets, where):
-    """1 - Var(target - value) / Var(target) over the turns where the head has a target; all [B, T]."""
+    """1 - Var(target - value) / Var(target) over the turns where the head has a target, 0 where all targets are equal; any one shape."""
     v, y = values[where], targets[where]
-    return float(1 - (y - v).var() / y.var().clamp(min=1e-8)) if len(y) > 1 else 0.0
+    return float(1 - (y - v).var() / y.var()) if len(y) > 1 and y.std() > 1e-4 * (1 + y.abs().max()) else 0.0
 
 
 def iterate(policy, tokenizer, reference, optimizer, runner, config, accelerator, iteration):
     """Play, score, credit, update -> (metrics, episodes, raw advantages)."""
     rank, world = accelerator.process_index, accelerator.num_processes
     set_seed(config.seed * 1_000_003 + iteration * 1_009 + rank)
-    fraction = 1 - 0.9 * iteration / config.iterations
+    fraction = 1 - (1 - config.lr_end) * iteration / config.iterations
     for group, lr in zip(optimizer.param_groups, (config.lr, config.critic_lr)):
         group["lr"] = lr * fraction
     size = envs.size(config.env, runner.split)
@@ -294,12 +196,13 @@ def iterate(policy, tokenizer, reference, optimizer, runner, config, accelerator
     clock["end"] = time.perf_counter()
     names = list(clock)
     seconds = {a: clock[b] - clock[a] for a, b in zip(names, names[1:])}
-    opens = batch.switch & batch.mask
-    fit = {"high": (old.v_high, raw.ret_high, opens), "low": (old.v_low, raw.ret_low, batch.mask),
+    everyone = gather_object(episodes)                                      # of all processes, and so are these
+    fit = {"high": (old.v_high, raw.ret_high, batch.switch & batch.mask), "low": (old.v_low, raw.ret_low, batch.mask),
            "switch": (old.v_switch, raw.ret_switch, batch.mask)}
-    metrics = {"iteration": iteration, **summary(episodes), **losses, "lr": config.lr * fraction,
-               "explained_variance": {k: explained_variance(batch.grid(v), y, w) for k, (v, y, w) in fit.items()},
-               "seconds": seconds, "turns_per_second": len(batch.row) / seconds["rollout"]}
+    fit = gather_object([{k: (batch.grid(v).flatten(), y.flatten(), where.flatten()) for k, (v, y, where) in fit.items()}])
+    metrics = {"iteration": iteration, **summary(everyone), **losses, "lr": config.lr * fraction,
+               "explained_variance": {k: explained_variance(*map(torch.cat, zip(*(part[k] for part in fit)))) for k in fit[0]},
+               "seconds": seconds, "turns_per_second": sum(len(e.turns) for e in everyone) / seconds["rollout"]}
     return metrics, episodes, raw
 
 
@@ -307,11 +210,14 @@ def iterate(policy, tokenizer, reference, optimizer, runner, config, accelerator
 
 def save(out, policy, tokenizer, optimizer, iteration, log):
     """A checkpoint and the actor in Hugging Face's format, each complete before it takes the old one's place."""
-    torch.save({"policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration, "log": log},
-               out / "checkpoint.tmp")
     temporary = out / "actor.tmp"
-    policy.actor.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
+    try:
+        torch.save({"policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration, "log": log},
+                   out / "checkpoint.tmp")
+        policy.actor.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    except (RuntimeError, SafetensorError) as error:                        # of torch and safetensors where the disk is full
+        raise OSError(errno.ENOSPC, str(error)) from None
     shutil.rmtree(out / "actor", ignore_errors=True)
     temporary.rename(out / "actor")
     (out / "checkpoint.tmp").replace(out / "checkpoint.pt")
@@ -320,8 +226,9 @@ def save(out, policy, tokenizer, optimizer, iteration, log):
 
 
 def write_log(out, log):
-    (out / "metrics.tmp").write_text("".join(json.dumps(line) + "\n" for line in log["lines"]))
-    (out / "metrics.tmp").replace(out / "metrics.jsonl")
+    for name, part in {"metrics.jsonl": "lines", "evals.jsonl": "evals"}.items():
+        (out / "log.tmp").write_text("".join(json.dumps(line) + "\n" for line in log[part]))
+        (out / "log.tmp").replace(out / name)
 
 
 def picture(out, log):
@@ -387,8 +294,11 @@ def run(config, accelerator, out):
                 log["evals"].append({"iteration": iteration, "split": split, "temperature": config.eval_temperature, **result})
                 tqdm.write(f"{split}, {len(tasks)} tasks, temperature {config.eval_temperature}, iteration {iteration}:\n{table(result)}")
 
-        test(first if first else 0)
-        bar = tqdm(range(first, config.iterations), initial=first, total=config.iterations, desc="hiper", unit="it", disable=not main)
+        if first == 0:
+            test(0)                                                         # not where a run goes on: it shall report as if unbroken
+        elif first == config.iterations and main:
+            tqdm.write(f"{out} has all its {first} iterations: nothing is left to do")
+        bar = tqdm(range(first, config.iterations), initial=first, total=config.iterations, desc=config.method, unit="it", disable=not main)
         for iteration in bar:
             metrics, episodes, raw = iterate(policy, tokenizer, reference, optimizer, runner, config, accelerator, iteration)
             log["lines"].append(metrics)
@@ -400,9 +310,12 @@ def run(config, accelerator, out):
                 if (iteration + 1) % config.save_every == 0 and iteration + 1 < config.iterations:
                     save(out, policy, tokenizer, optimizer, iteration + 1, log)
             accelerator.wait_for_everyone()
-        if main:
+        if main and first < config.iterations:
             test(config.iterations)
             save(out, policy, tokenizer, optimizer, config.iterations, log)
+        if main:
+            before, after = (100 * log["evals"][i]["success"] for i in (0, -1))
+            tqdm.write(f"{split}: {before:.1f} % at the start, {after:.1f} % after {config.iterations} iterations; all in {out}")
     return log
 
 
@@ -411,6 +324,8 @@ def main(argv=None):
         config = read_config(sys.argv[1:] if argv is None else argv)
         check(config)
         accelerator = Accelerator(cpu=config.cpu, mixed_precision="bf16" if torch.cuda.is_available() and not config.cpu else "no")
+        if config.episodes < accelerator.num_processes:
+            raise UserError(f"--episodes {config.episodes} leaves some of the {accelerator.num_processes} processes without one")
         out = Path(config.out)
         if accelerator.is_main_process:
             open_out(out, config)
@@ -425,47 +340,6 @@ def main(argv=None):
         sys.exit(fail(error))
     accelerator.wait_for_everyone()
     accelerator.end_training()
-
-
-def read_config(argv):
-    """Flags, and before them one YAML or JSON file if one is given; flags win -> Config. UserError for what is unknown."""
-    names = {f.name for f in dataclasses.fields(Config)}
-    parser = HfArgumentParser(Config, description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (python train.py --help lists all flags)"))
-    if argv and not argv[0].startswith("-"):
-        try:
-            given = yaml.safe_load(Path(argv[0]).read_text()) or {}             # JSON is YAML
-        except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"cannot read the configuration {argv[0]}: {str(error).splitlines()[0]}") from None
-        for name in given:
-            if name not in names:
-                raise UserError(f"{argv[0]}: there is no field {name!r}" + nearest(name, names))
-        parser.set_defaults(**{name: str(value) for name, value in given.items()})
-        argv = argv[1:]
-    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        raise UserError(f"there is no flag {unknown[0]!r}" + nearest(unknown[0].lstrip("-"), names))
-    return dataclasses.replace(config, out=config.out or f"runs/{config.env}-{config.seed}")
-
-
-def nearest(name, names):
-    near = difflib.get_close_matches(name, names, 1)
-    return f", did you mean {near[0]!r}?" if near else " (python train.py --help lists all)"
-
-
-def open_out(out, config):
-    """Make the folder of a new run, or accept that of the very same one. UserError, with nothing touched, otherwise."""
-    mine = dataclasses.asdict(config)
-    if (out / "config.json").is_file():
-        theirs = json.loads((out / "config.json").read_text())
-        differs = [f"{k} {theirs.get(k)!r} there, {v!r} here" for k, v in mine.items() if theirs.get(k) != v and k != "out"]
-        if differs:
-            raise UserError(f"{out} holds another run ({'; '.join(differs)}): give another --out, or remove it")
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not a run of this script: give another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(mine, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,163 @@
+"""The configuration: every field with its default and the paper's value, how it is read, and what is refused.
+
+The defaults are those of the tiny agent in the household world; configs/ holds others. All that the user can mend raises UserError,
+one sentence, before anything is written.
+"""
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
+
+import envs
+from rollout import Style
+
+
+def knob(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Config:
+    # what
+    env: str = knob("household", "world: household, alfworld, or an importable module of your own (see envs.py)")
+    model: str = knob("", "Hugging Face name or path of a causal LM; empty: a tiny Qwen2 from scratch (paper: Qwen2.5-1.5B/7B-Instruct)")
+    method: str = knob("hiper", "hiper")
+    out: str = knob("", "folder for everything that is written; empty: runs/ENV-SEED")
+    seed: int = knob(0, "seed of everything random")
+    iterations: int = knob(45, "rollout-update iterations (paper: 150)")
+    # rollout
+    episodes: int = knob(128, "episodes per iteration, over all processes (paper: 128)")
+    slots: int = knob(128, "episodes in play at once, per process")
+    env_workers: int = knob(0, "environment processes for worlds that need them; 0: one per core")
+    temperature: float = knob(1.0, "sampling temperature in training (paper: 1.0)")
+    history: int = knob(0, "past (observation, action) pairs in the prompt (paper: 2; household's page sums up the past itself)")
+    brief: bool = knob(True, "short prompt without instructions, for a model that was cloned (paper: false)")
+    show_admissible: bool = knob(False, "list the admissible actions in the prompt (paper: true)")
+    max_prompt: int = knob(2048, "prompt tokens at the most (paper: 2048)")
+    max_response: int = knob(24, "response tokens at the most (paper: 512)")
+    success_reward: float = knob(10.0, "reward of winning (paper: 10)")
+    invalid_penalty: float = knob(0.5, "taken off on a turn with an invalid format (paper: 0.1)")
+    # credit
+    gamma: float = knob(0.95, "discount per turn (paper: 1.0)")
+    lam_low: float = knob(1.0, "lambda of the executor, per turn (paper: 1.0)")
+    lam_high: float = knob(0.95, "lambda of the planner, per segment (paper: 0.95)")
+    bootstrap: bool = knob(False, "value the state after a truncated episode (paper: true) or count it 0 (released code on WebShop)")
+    # update
+    critic: str = knob("separate", "separate critic backbone, or one shared with the actor (paper: separate)")
+    lr: float = knob(3e-4, "actor learning rate (paper: 1e-6)")
+    lr_end: float = knob(0.1, "what both learning rates fall to, linearly, as a share (paper: 1, constant)")
+    critic_lr: float = knob(5e-4, "critic learning rate (paper: 1e-5)")
+    critic_warmup: int = knob(1, "first iterations that train the critic only (paper: 0)")
+    epochs: int = knob(1, "passes over each iteration's turns (paper: 1)")
+    minibatch: int = knob(256, "turns per optimizer step, over all processes (paper: 256)")
+    tokens_per_batch: int = knob(4096, "tokens per forward, padding included: the knob for memory")
+    clip: float = knob(0.2, "PPO ratio clip (paper: 0.2)")
+    value_clip: float = knob(0.0, "how far a value may move from its old one; 0: as far as it likes (released code: 0.5)")
+    kl: float = knob(0.03, "weight of the k3 KL to the frozen start model; 0: no reference model (paper: 0.01)")
+    max_grad_norm: float = knob(1.0, "gradient clip, for actor and critic each")
+    gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, a third more time")
+    # start from scratch
+    demos: int = knob(1600, "demonstration episodes to clone before training; 0: none")
+    plan_noise: float = knob(0.9, "probability that the demonstrator sets out for any subgoal that one could have")
+    slips: float = knob(0.15, "probability that another action happens than the one the demonstrator shows")
+    clone_epochs: int = knob(2, "passes over the demonstrations")
+    clone_lr: float = knob(3e-3, "learning rate of cloning")
+    # reporting
+    eval_split: str = knob("", "split played after the warm start and at the end; empty: the world's last (unseen)")
+    eval_episodes: int = knob(0, "tasks of that split to play; 0: all")
+    eval_temperature: float = knob(0.4, "sampling temperature in evaluation (paper: 0.4)")
+    save_every: int = knob(10, "iterations between checkpoints")
+    show_every: int = knob(10, "iterations between episodes printed in full; 0: never")
+    cpu: bool = knob(False, "stay on the CPU where there is a GPU")
+
+    @property
+    def style(self):
+        return Style(**{name: getattr(self, name) for name in Style.__dataclass_fields__})
+
+
+class UserError(Exception):
+    """What the caller can mend: one sentence, exit code 2, nothing overwritten."""
+
+
+def check(config):
+    """UserError for what cannot be meant, or cannot work, before anything is written."""
+    for name in ("iterations", "episodes", "slots", "epochs", "minibatch", "tokens_per_batch", "max_prompt", "max_response", "save_every"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(config, name)}")
+    for name in ("env_workers", "history", "eval_episodes", "demos", "critic_warmup", "show_every", "lr", "critic_lr", "kl", "clip",
+                 "value_clip", "eval_temperature", "invalid_penalty"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name} must not be negative, not {getattr(config, name)}")
+    for name in ("temperature", "max_grad_norm", "clone_epochs", "clone_lr"):
+        if getattr(config, name) <= 0:
+            raise UserError(f"--{name} must be above 0, not {getattr(config, name)}")
+    for name in ("gamma", "lam_low", "lam_high", "lr_end", "plan_noise", "slips"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"--{name} must lie in [0, 1], not {getattr(config, name)}")
+    for name, choices in {"method": ("hiper",), "critic": ("separate", "shared")}.items():
+        if getattr(config, name) not in choices:
+            raise UserError(f"--{name} must be {' or '.join(choices)}, not {getattr(config, name)!r}")
+    if not config.model and not config.demos:
+        raise UserError("a model from scratch needs demonstrations: give --demos, or --model")
+    try:
+        module = envs.world(config.env)
+        if config.eval_split and config.eval_split not in module.SPLITS:
+            raise UserError(f"--eval_split must be one of {', '.join(module.SPLITS)}, not {config.eval_split!r}")
+        with envs.Runner(config.env, module.SPLITS[0], 1) as runner:
+            runner.reset({0: 0})                                            # what is not installed shows here
+    except (ValueError, RuntimeError, IndexError) as error:
+        raise UserError(error) from None
+    if config.model:
+        try:
+            AutoConfig.from_pretrained(config.model), AutoTokenizer.from_pretrained(config.model)
+        except (OSError, ValueError):
+            raise UserError(f"no model {config.model!r}: give a folder with a model and its tokenizer in Hugging Face's format, or "
+                            "the name of one on the hub (which must be reachable)") from None
+
+
+def read_config(argv):
+    """Flags, and before them one YAML or JSON file if one is given; flags win -> Config. UserError for what is unknown."""
+    names = {f.name for f in dataclasses.fields(Config)}
+    parser = HfArgumentParser(Config, description="Train an LLM agent with HiPER.", allow_abbrev=False)
+    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (python train.py --help lists all flags)"))
+    if argv and not argv[0].startswith("-"):
+        try:
+            given = yaml.safe_load(Path(argv[0]).read_text()) or {}             # JSON is YAML
+        except (OSError, yaml.YAMLError) as error:
+            raise UserError(f"cannot read the configuration {argv[0]}: {str(error).splitlines()[0]}") from None
+        if not isinstance(given, dict):
+            raise UserError(f"cannot read the configuration {argv[0]}: it must hold lines of the form `field: value`")
+        for name in given:
+            if name not in names:
+                raise UserError(f"{argv[0]}: there is no field {name!r}" + nearest(name, names))
+        parser.set_defaults(**{name: str(value) for name, value in given.items() if value is not None})
+        argv = argv[1:]
+    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        raise UserError(f"there is no flag {unknown[0]!r}" + nearest(unknown[0].lstrip("-"), names))
+    return dataclasses.replace(config, out=config.out or f"runs/{config.env}-{config.seed}")
+
+
+def nearest(name, names):
+    near = difflib.get_close_matches(name, names, 1)
+    return f", did you mean {near[0]!r}?" if near else " (python train.py --help lists all)"
+
+
+def open_out(out, config):
+    """Make the folder of a new run, or accept that of the very same one. UserError, with nothing touched, otherwise."""
+    mine = dataclasses.asdict(config)
+    if (out / "config.json").is_file():
+        theirs = json.loads((out / "config.json").read_text())
+        differs = [f"{k} {theirs.get(k)!r} there, {v!r} here" for k, v in mine.items() if theirs.get(k) != v and k != "out"]
+        if differs:
+            raise UserError(f"{out} holds another run ({'; '.join(differs)}): give another --out, or remove it")
+        return
+    if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {"config.tmp"}):
+        raise UserError(f"{out} exists and is not a run of this script: give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.tmp").write_text(json.dumps(mine, indent=1))
+    (out / "config.tmp").replace(out / "config.json")

@@ -28,7 +28,7 @@ class Config:
     method: str = knob("hiper", "hiper")
     out: str = knob("", "folder for everything that is written; empty: runs/ENV-SEED")
     seed: int = knob(0, "seed of everything random")
-    iterations: int = knob(45, "rollout-update iterations (paper: 150)")
+    iterations: int = knob(40, "rollout-update iterations (paper: 150)")
     # rollout
     episodes: int = knob(128, "episodes per iteration, over all processes (paper: 128)")
     slots: int = knob(128, "episodes in play at once, per process")
@@ -57,7 +57,8 @@ class Config:
     tokens_per_batch: int = knob(4096, "tokens per forward, padding included: the knob for memory")
     clip: float = knob(0.2, "PPO ratio clip (paper: 0.2)")
     value_clip: float = knob(0.0, "how far a value may move from its old one; 0: as far as it likes (released code: 0.5)")
-    kl: float = knob(0.03, "weight of the k3 KL to the frozen start model; 0: no reference model (paper: 0.01)")
+    kl: float = knob(0.02, "weight of the k3 KL to the frozen start model (paper: 0.01)")
+    kl_rest: float = knob(1.0, "its weight on tokens that no decision trains: KEEP's subgoal, text outside the blocks (paper: 0.01)")
     max_grad_norm: float = knob(1.0, "gradient clip, for actor and critic each")
     gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, a third more time")
     # start from scratch
@@ -88,7 +89,7 @@ def check(config):
     for name in ("iterations", "episodes", "slots", "epochs", "minibatch", "tokens_per_batch", "max_prompt", "max_response", "save_every"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(config, name)}")
-    for name in ("env_workers", "history", "eval_episodes", "demos", "critic_warmup", "show_every", "lr", "critic_lr", "kl", "clip",
+    for name in ("env_workers", "history", "eval_episodes", "demos", "critic_warmup", "show_every", "lr", "critic_lr", "kl", "kl_rest", "clip",
                  "value_clip", "eval_temperature", "invalid_penalty"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name} must not be negative, not {getattr(config, name)}")

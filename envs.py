@@ -16,7 +16,8 @@ and its envs have Gymnasium's signatures (Gymnasium itself is not needed):
 
 observation is text. reward is 1.0 on the step that wins, else 0.0; the trainer scales it. terminated means the task itself
 ended, truncated that the step limit cut it off. info holds task (str), task_type (str), admissible (list of str), won
-(bool), score (float) and, where there is one, gamefile. After the end, step raises RuntimeError until reset is called.
+(bool), score (float) and, where there is one, gamefile; also subgoals (list of str), where the world can list what a planner
+might set out to do now. After the end, step raises RuntimeError until reset is called.
 
 `--env NAME` takes a name of `WORLDS` or of any importable module that has these, so a world of one's own is one file.
 """

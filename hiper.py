@@ -13,7 +13,8 @@ N turns (samples), L response tokens, P prompt tokens, H hidden size. q switch, 
 Follow one turn: `plan_execute_prompt` -> generate -> `parse` -> env; then `decision_masks` -> `ActorCritic` -> `hae` (hae.py)
 -> `token_advantages` -> `ppo_loss`.
 
-Deviations from the paper: (1) KL to the reference is taken over all response tokens, the policy term over decision tokens.
+Deviations from the paper: (1) KL to the reference is taken over all response tokens, the policy term over decision tokens; what no
+decision trains (KEEP's subgoal, text outside the blocks) may be held with a weight of its own, since nothing else keeps it in shape.
 From the released code: (2) masks come from the sampled ids, not from text tokenised again; (3) one token-weighted mean over
 all ranks and micro-batches, not a mean of means; (4) on KEEP the carried subgoal stays, whatever the block repeats.
 """

@@ -1,16 +1,19 @@
 """A small household in ALFWorld's manner: pure Python, deterministic, quick enough to learn in on a CPU.
 
 A room holds appliances (sink, microwave, fridge) and four storage places, some of them closed. Objects lie in the storage
-places. One of ALFWorld's six task families is asked for; only success pays. The agent carries one object at a time.
+places. One of ALFWorld's six task families is asked for; only success pays, before the day is over. The agent carries one object
+at a time.
 
-What differs from ALFWorld, so that a model of half a million parameters can play from a prompt of about sixty tokens:
-  1. the observation is one page that sums up all that was seen so far, not the answer to the last command;
-  2. every name is `kind number` with numbers 1 and 2, which a tokenizer can keep as one token;
-  3. there is no `look`, `inventory` or `examine X`: the page says it all.
+What differs from ALFWorld, so that a model of half a million parameters can play from a prompt of about forty tokens:
+  1. the observation is one page that sums up the hour, what is here, and all that was seen so far;
+  2. every name is `kind number`, which a tokenizer can keep as one token;
+  3. there is no `look`, `inventory` or `examine X`: the page says it all;
+  4. `put two mug in shelf` is done wherever on shelves the two lie.
 
 Splits. A *layout* is the multiset of storage places of a room, a *pair* an object kind lying in, or asked into, a storage
-kind. `train` and `seen` share layouts and pairs, but no task index; `unseen` has layouts that train never has, and its
-task objects start in, and must be brought to, pairs that train never has, not even by a bystander.
+kind. `train` and `seen` share layouts and pairs, but no room; `unseen` has layouts that train never has, and its task objects
+start in, and must be brought to, pairs that train never has, not even by a bystander. (Every object has two such places, so an
+unseen task moves things between desk and drawer, shelf and cabinet, or table and box.)
 """
 import itertools
 import random

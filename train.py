@@ -56,7 +56,7 @@ def build(config, out, runner, accelerator):
     if not config.model:
         policy.heads.load_state_dict(torch.load(start / "heads.pt", map_location=accelerator.device, weights_only=True))
     half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    reference = hiper.ActorCritic(load(half), temperature=config.temperature).to(accelerator.device) if config.kl else None
+    reference = hiper.ActorCritic(load(half), temperature=config.temperature).to(accelerator.device) if config.kl or config.kl_rest else None
     return policy, tokenizer, reference
 
 
@@ -134,10 +134,11 @@ def update(policy, optimizer, batch, old, ref, raw, advantages, config, accelera
                 policy_term = (surrogate * learns).sum() / n_trained
                 k3 = hiper.kl_k3(new.logp, here(ref.logp)) * said if ref else torch.zeros_like(new.logp)
                 kl_term = k3.sum() / n_spoken
+                held = (k3 * torch.where(learns, config.kl, config.kl_rest)).sum() / n_spoken
                 v_high, v_low, v_switch = (hiper.value_loss(v, here(o), here(y), config.value_clip) for v, o, y in zip(
                     (new.v_high, new.v_low, new.v_switch), (old.v_high, old.v_low, old.v_switch), targets))    # [n]
                 value_term = (v_high * here(opened)).sum() / n_opened + (v_low.sum() + v_switch.sum()) / n
-                loss = value_term + (policy_term + config.kl * kl_term if actor_learns else 0)
+                loss = value_term + (policy_term + held if actor_learns else 0)
                 loss.backward()
                 for name, x in {"policy_loss": policy_term, "value_loss": value_term, "kl": kl_term,
                                 "clip_fraction": (clipped * learns).sum() / n_trained,

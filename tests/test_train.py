@@ -43,7 +43,8 @@ def accelerator():
 def config_of(**changes):
     """Settings under which one iteration is one optimizer step; whatever a test is about is given by it."""
     plain = dict(episodes=6, slots=4, iterations=10, gamma=0.9, lam_low=0.8, lam_high=0.7, bootstrap=False, lr=1.0, critic_lr=1.0,
-                 lr_end=0.1, critic_warmup=0, epochs=1, minibatch=BIG, tokens_per_batch=BIG, clip=0.2, value_clip=0.0, kl=0.1, max_grad_norm=1e9,
+                 lr_end=0.1, critic_warmup=0, epochs=1, minibatch=BIG, tokens_per_batch=BIG, clip=0.2, value_clip=0.0, kl=0.1, kl_rest=0.3,
+                 max_grad_norm=1e9,
                  temperature=1.0, seed=0, cpu=True)
     return Config(**{**plain, **changes})
 
@@ -174,7 +175,7 @@ def test_a_turn_counts_once(tiny_tokenizer, accelerator):
 
 def oracle_loss(policy, batch, old, ref, raw, advantages, config):
     """The whole loss, turn by turn and token by token, from the full logits. -> dict of losses, as tensors."""
-    policy_sum, clipped_sum, entropy_sum, kl_sum, high_sum, rest_sum = [], [], [], [], [], []
+    policy_sum, clipped_sum, entropy_sum, kl_sum, held_sum, high_sum, rest_sum = [], [], [], [], [], [], []
     for n, (prompt, answer) in enumerate(zip(batch.samples.prompts, batch.samples.responses)):
         b, t = batch.row[n], batch.col[n]
         ids = torch.tensor([prompt + answer])
@@ -194,6 +195,7 @@ def oracle_loss(policy, batch, old, ref, raw, advantages, config):
             if ref:
                 d = ref.logp[n, j] - new[token]
                 kl_sum.append(d.exp() - d - 1)
+                held_sum.append((config.kl if adv is not None else config.kl_rest) * kl_sum[-1])
         ends = [j for j in range(len(answer)) if batch.samples.masks.subgoal[n, j]]
         at = len(prompt) + ends[-1] if ends else len(prompt) - 1
         v_high, v_low, v_switch = (policy.heads(hidden[i])[k] for i, k in ((len(prompt) - 1, 0), (at, 1), (len(prompt) - 1, 2)))
@@ -202,7 +204,7 @@ def oracle_loss(policy, batch, old, ref, raw, advantages, config):
         rest_sum.append(((v_low - raw.ret_low[b, t]) ** 2 + (v_switch - raw.ret_switch[b, t]) ** 2) / 2)
     mean = lambda terms: sum(terms) / len(terms) if terms else torch.tensor(0.0)
     return {"policy_loss": mean(policy_sum), "clip_fraction": mean(clipped_sum), "entropy": mean(entropy_sum), "kl": mean(kl_sum),
-            "value_loss": mean(high_sum) + mean(rest_sum)}
+            "held": mean(held_sum), "value_loss": mean(high_sum) + mean(rest_sum)}
 
 
 @pytest.mark.parametrize("shift", [0.0, -0.3])
@@ -212,7 +214,7 @@ def test_update_is_one_step_on_the_oracle_s_loss(tiny_policy, tiny_tokenizer, ac
     losses, after, (*data, advantages) = learn(tiny_policy, tiny_tokenizer, episodes_of(tiny_tokenizer), accelerator, shift=shift,
                                                reference=reference, tokens_per_batch=tokens)
     want = oracle_loss(tiny_policy, *data, advantages, config_of())
-    (want["policy_loss"] + 0.1 * want["kl"] + want["value_loss"]).backward()
+    (want["policy_loss"] + want.pop("held") + want["value_loss"]).backward()
     close(after, {name: p.detach() - p.grad for name, p in tiny_policy.named_parameters()})
     assert losses == pytest.approx({name: x.item() for name, x in want.items()}, rel=1e-5, abs=1e-5)
     assert losses["kl"] > 0 and (losses["clip_fraction"] > 0) == bool(shift)

@@ -28,7 +28,7 @@ class Config:
     method: str = knob("hiper", "hiper")
     out: str = knob("", "folder for everything that is written; empty: runs/ENV-SEED")
     seed: int = knob(0, "seed of everything random")
-    iterations: int = knob(40, "rollout-update iterations (paper: 150)")
+    iterations: int = knob(34, "rollout-update iterations (paper: 150)")
     # rollout
     episodes: int = knob(128, "episodes per iteration, over all processes (paper: 128)")
     slots: int = knob(128, "episodes in play at once, per process")
@@ -40,7 +40,8 @@ class Config:
     max_prompt: int = knob(2048, "prompt tokens at the most (paper: 2048)")
     max_response: int = knob(24, "response tokens at the most (paper: 512)")
     success_reward: float = knob(10.0, "reward of winning (paper: 10)")
-    invalid_penalty: float = knob(0.5, "taken off on a turn with an invalid format (paper: 0.1)")
+    invalid_penalty: float = knob(2.0, "taken off on a turn with an invalid format (paper: 0.1; here the executor of a "
+                                  "planner that starts out at random would rather be unreadable than carry out a harmful subgoal)")
     # credit
     gamma: float = knob(0.95, "discount per turn (paper: 1.0)")
     lam_low: float = knob(1.0, "lambda of the executor, per turn (paper: 1.0)")

@@ -41,7 +41,7 @@ from rollout import batch_of, collect, micro_batches, score
 def build(config, out, runner, accelerator):
     """-> (policy, tokenizer, reference or None). The start model is `--model`, or cloned from scratch into out/start."""
     start = out / "start" if not config.model else config.model
-    if not config.model and not (out / "start" / "config.json").exists():
+    if not config.model and not (start / "config.json").exists():
         if accelerator.is_main_process:
             clone(config, out, runner, accelerator)
         accelerator.wait_for_everyone()
@@ -287,7 +287,7 @@ def run(config, accelerator, out):
             first, log = saved["iteration"], saved["log"]
 
         def test(iteration):
-            if main and not any(e["iteration"] == iteration for e in log["evals"]):
+            if main:
                 tasks = range(envs.size(config.env, split))[:config.eval_episodes or None]
                 with envs.Runner(config.env, split, config.env_workers) as other, accelerator.autocast():
                     result = evaluate(policy.actor, tokenizer, other, tasks, temperature=config.eval_temperature,

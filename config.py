@@ -28,7 +28,7 @@ class Config:
     method: str = knob("hiper", "hiper")
     out: str = knob("", "folder for everything that is written; empty: runs/ENV-SEED")
     seed: int = knob(0, "seed of everything random")
-    iterations: int = knob(34, "rollout-update iterations (paper: 150)")
+    iterations: int = knob(40, "rollout-update iterations (paper: 150)")
     # rollout
     episodes: int = knob(128, "episodes per iteration, over all processes (paper: 128)")
     slots: int = knob(128, "episodes in play at once, per process")
@@ -67,7 +67,7 @@ class Config:
     plan_noise: float = knob(0.9, "probability that the demonstrator sets out for any subgoal that one could have")
     slips: float = knob(0.15, "probability that another action happens than the one the demonstrator shows")
     clone_epochs: int = knob(2, "passes over the demonstrations")
-    clone_lr: float = knob(3e-3, "learning rate of cloning")
+    clone_lr: float = knob(2e-3, "learning rate of cloning")
     # reporting
     eval_split: str = knob("", "split played after the warm start and at the end; empty: the world's last (unseen)")
     eval_episodes: int = knob(0, "tasks of that split to play; 0: all")

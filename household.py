@@ -183,7 +183,7 @@ class Household:
     def _page(self):
         """Where I am, what I hold, what I saw where, and where I did not look yet."""
         name = lambda o: f"{o} {self.state[o]}" if o in self.state else o
-        things = lambda p: [*map(name, self._at(p)), *(["lamp 1"] if p == self.lamp else [])]
+        things = lambda p: ["lamp 1"] * (p == self.lamp) + [*map(name, self._at(p))]
         held, here = self._held(), self.at
         at = f"{here or 'the middle'}{' closed' * (here in self.shut)}"
         around = " ".join(things(here)) if here in self.seen else ""

@@ -257,17 +257,17 @@ def test_pages_of_an_episode():
              "At sink 1: nothing. Hold mug 2 clean. Unseen desk 1 table 1 table 2 box 1. Seen drawer 1 egg 1.",
              ["clean mug 2 with sink 1"]),
             ("go to desk 1",
-             "At desk 1: mug 1 pen 1 lamp 1. Hold mug 2 clean. Unseen table 1 table 2 box 1. Seen drawer 1 egg 1.",
+             "At desk 1: lamp 1 mug 1 pen 1. Hold mug 2 clean. Unseen table 1 table 2 box 1. Seen drawer 1 egg 1.",
              ["move mug 2 to desk 1", "use lamp 1"]),
             ("move mug 2 to desk 1",
-             "At desk 1: mug 1 mug 2 clean pen 1 lamp 1. Hold nothing. Unseen table 1 table 2 box 1. Seen drawer 1 egg 1.",
+             "At desk 1: lamp 1 mug 1 mug 2 clean pen 1. Hold nothing. Unseen table 1 table 2 box 1. Seen drawer 1 egg 1.",
              ["take mug 1 from desk 1", "take mug 2 from desk 1", "take pen 1 from desk 1", "use lamp 1"]),
             ("close desk 1", "Nothing happens. "
-             "At desk 1: mug 1 mug 2 clean pen 1 lamp 1. Hold nothing. Unseen table 1 table 2 box 1. Seen drawer 1 egg 1.",
+             "At desk 1: lamp 1 mug 1 mug 2 clean pen 1. Hold nothing. Unseen table 1 table 2 box 1. Seen drawer 1 egg 1.",
              ["take mug 1 from desk 1", "take mug 2 from desk 1", "take pen 1 from desk 1", "use lamp 1"]),
             ("go to table 2",
              "At table 2: nothing. Hold nothing. Unseen table 1 box 1. Seen drawer 1 egg 1, "
-             "desk 1 mug 1 mug 2 clean pen 1 lamp 1.", [])]:
+             "desk 1 lamp 1 mug 1 mug 2 clean pen 1.", [])]:
         observation, reward, terminated, truncated, info = env.step(action)
         assert HOUR.sub("", observation) == page and HOUR.search(observation)
         assert info["admissible"] == [go for go in goes if go != f"go to {env.at}"] + more
@@ -315,7 +315,7 @@ def test_closed_places_hide_what_is_in_them():
                 assert f". At {place} closed: nothing." in page and place in read(page)[2]
                 assert "take" not in " ".join(info["admissible"]) and f"open {place}" in info["admissible"]
                 page, *_ = env.step(f"open {place}")
-                things = [o for o, p in env.home.items() if p == place] + ["lamp 1"] * (env.lamp == place)
+                things = ["lamp 1"] * (env.lamp == place) + [o for o, p in env.home.items() if p == place]
                 assert read(page)[3][place] == things
 
 

@@ -20,6 +20,7 @@ all ranks and micro-batches, not a mean of means; (4) on KEEP the carried subgoa
 """
 import re
 import weakref
+from bisect import bisect_left
 from copy import deepcopy
 from itertools import accumulate
 from typing import NamedTuple
@@ -185,21 +186,21 @@ def decision_masks(ids, lengths, tokenizer):
     ids, lengths = torch.as_tensor(ids), torch.as_tensor(lengths)
     if ids.ndim != 2 or lengths.shape != ids.shape[:1] or (lengths.numel() and int(lengths.max()) > ids.shape[1]):
         raise ValueError(f"ids must be [N, L] and lengths [N], at most L: got {tuple(ids.shape)} and {tuple(lengths.shape)}")
-    table = token_bytes(tokenizer)
-    owner = torch.full(ids.shape, -1, dtype=torch.int8)             # [N, L] 0 switch, 1 subgoal, 2 action, -1 none
-    for n, (row, length) in enumerate(zip(ids.tolist(), lengths.tolist())):
+    table = [*token_bytes(tokenizer), b""]                          # the last entry for all ids beyond the tokenizer
+    spans = []                                                      # N x 3 x 2: each decision's first token, one past its last
+    for row, length in zip(ids.clamp(max=len(table) - 1).tolist(), lengths.tolist()):
         pieces = [table[i] for i in row[:length]]
         text = b"".join(pieces)
         blocks = [BLOCK[kind].search(text) for kind in KINDS]
         if blocks[2] is None or not blocks[2][1].decode("utf-8", "replace").strip():      # as `parse` reads it
-            owner[n, :length] = 2
+            spans += 0, 0, 0, 0, 0, length
             continue
         starts = list(accumulate(map(len, pieces), initial=0))      # byte offset of each token's first character
-        for k, block in enumerate(blocks):
-            if block:
-                inside = [j for j in range(length) if block.start() <= starts[j] < block.end()]
-                owner[n, inside] = k
-    return Masks(*(owner.to(ids.device) == k for k in range(3)))
+        for block in blocks:
+            spans += (bisect_left(starts, block.start()), bisect_left(starts, block.end())) if block else (0, 0)
+    first, past = torch.tensor(spans, device=ids.device).view(len(ids), 3, 1, 2).unbind(-1)        # [N, 3, 1] each
+    at = torch.arange(ids.shape[1], device=ids.device)              # [L]
+    return Masks(*((first <= at) & (at < past)).unbind(1))
 
 
 # ---- actor-critic -----------------------------------------------------------------------------------------------------

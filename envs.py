@@ -28,7 +28,7 @@ import pickle
 import subprocess
 import sys
 
-WORLDS = {"household": "household", "alfworld": "alfworld_env"}       # name -> module
+WORLDS = {"household": "household", "alfworld": "alfworld_env", "webshop": "webshop_env"}       # name -> module
 
 
 def world(name):

@@ -80,6 +80,7 @@ class Config:
     max_grad_norm: float = knob(1.0, "gradient clip, for actor and critic each")
     gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, a third more time")
     # start from scratch
+    start: str = knob("", "folder `start` of another run, to begin from its clone instead of making one; empty: make one")
     demos: int = knob(1600, "demonstration episodes to clone before training; 0: none")
     plan_noise: float = knob(0.9, "probability that the demonstrator sets out for any subgoal that one could have")
     slips: float = knob(0.15, "probability that another action happens than the one the demonstrator shows")
@@ -140,6 +141,9 @@ def check(config):
         raise UserError(f"--episodes {config.episodes} is no multiple of --group {config.group_size}, the episodes of each task")
     if config.group_size == 1 and not config.critical:
         raise UserError(f"--method {config.method} compares episodes of one task: --group must be at least 2")
+    if config.start and (config.model or not (Path(config.start) / "heads.pt").is_file()):
+        raise UserError(f"--start {config.start} must be the folder `start` of a run without --model" if not config.model
+                        else "give --model or --start, not both")
     if not config.model and not config.demos:
         raise UserError("a model from scratch needs demonstrations: give --demos, or --model")
     try:

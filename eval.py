@@ -172,7 +172,7 @@ def main(argv=None):
         attention = None if config["model"] else "eager"                    # as in training
         load = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation=attention).to(device).eval()
         actor = load(args.out / "actor")
-        frozen = load(config["model"] or args.out / "start") if "frozen" in swaps.values() else None
+        frozen = load(config["model"] or config.get("start") or args.out / "start") if "frozen" in swaps.values() else None
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError, KeyError))
         sys.exit(fail(f"{args.out} holds no finished training run (config.json and actor/): give the --out of train.py"

@@ -41,7 +41,7 @@ from rollout import batch_of, collect, kept, micro_batches, score
 
 def build(config, out, runner, accelerator):
     """-> (policy, tokenizer, reference or None). The start model is `--model`, or cloned from scratch into out/start."""
-    start = out / "start" if not config.model else config.model
+    start = config.model or Path(config.start or out / "start")
     if not config.model and not (start / "config.json").exists():
         if accelerator.is_main_process:
             clone(config, out, runner, accelerator)

@@ -6,6 +6,7 @@ one sentence, before anything is written.
 import dataclasses
 import difflib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import yaml
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 
 import envs
+from credit import DECISIONS, GROUPED, METHODS
 from rollout import Style
 
 
@@ -25,12 +27,14 @@ class Config:
     # what
     env: str = knob("household", "world: household, alfworld, or an importable module of your own (see envs.py)")
     model: str = knob("", "Hugging Face name or path of a causal LM; empty: a tiny Qwen2 from scratch (paper: Qwen2.5-1.5B/7B-Instruct)")
-    method: str = knob("hiper", "hiper")
+    method: str = knob("hiper", "how credit is given: hiper, ppo, rloo, grpo or gigpo (see credit.py)")
+    prompt: str = knob("plan-execute", "plan-execute: switch, subgoal, action; flat: think, action (not for hiper)")
     out: str = knob("", "folder for everything that is written; empty: runs/ENV-SEED")
     seed: int = knob(0, "seed of everything random")
     iterations: int = knob(40, "rollout-update iterations (paper: 150)")
     # rollout
     episodes: int = knob(128, "episodes per iteration, over all processes (paper: 128)")
+    group: int = knob(0, "episodes of each task among them; 0: 1 for hiper and ppo, 8 for rloo, grpo, gigpo (papers: the same)")
     slots: int = knob(128, "episodes in play at once, per process")
     env_workers: int = knob(0, "environment processes for worlds that need them; 0: one per core")
     temperature: float = knob(1.0, "sampling temperature in training (paper: 1.0)")
@@ -42,10 +46,23 @@ class Config:
     success_reward: float = knob(10.0, "reward of winning (paper: 10)")
     invalid_penalty: float = knob(2.0, "taken off on a turn with an invalid format (paper: 0.1; here the executor of a "
                                   "planner that starts out at random would rather be unreadable than carry out a harmful subgoal)")
+    keep_penalty: float = knob(0.0, "taken off on a KEEP turn: does switching need to be paid for? (paper: 0.3 on ALFWorld)")
+    drift_penalty: float = knob(0.0, "taken off where KEEP's subgoal is not the carried one (paper: 0.3)")
+    checklist: float = knob(0.0, "share of the success reward paid for subtasks as they are done: is sparse reward the trouble? (paper: 0)")
+    segments: str = knob("learned", "learned, or imposed: single, every-turn, fixed:K. Do learned boundaries matter? (paper: learned)")
     # credit
     gamma: float = knob(0.95, "discount per turn (paper: 1.0)")
     lam_low: float = knob(1.0, "lambda of the executor, per turn (paper: 1.0)")
     lam_high: float = knob(0.95, "lambda of the planner, per segment (paper: 0.95)")
+    decisions: str = knob("switch,subgoal,action", "hiper: decisions that are trained. `switch,subgoal`: how far does the planner "
+                          "alone get? `action`: how far the executor alone? (paper: all three)")
+    switch_advantage: str = knob("critic", "hiper: critic, G - V_switch (released code), or gain, (q - beta)(V_high - V_keep) (paper)")
+    heads: int = knob(3, "hiper: 3 value heads, or 2, with V_switch put together from the others: is the third worth having? (released code: 3)")
+    targets: str = knob("lambda", "hiper: values learn lambda-returns (released code) or td0, one-step targets (paper)")
+    lam: float = knob(0.95, "ppo: lambda of flat GAE, per turn")
+    gigpo_gamma: float = knob(0.95, "gigpo: discount of the returns compared at equal states (GiGPO: 0.95)")
+    gigpo_weight: float = knob(1.0, "gigpo: weight of the step-level advantage (GiGPO: 1)")
+    gigpo_scale: bool = knob(True, "gigpo: divide by the group's standard deviation (GiGPO: with on ALFWorld, without on WebShop)")
     bootstrap: bool = knob(False, "value the state after a truncated episode (paper: true) or count it 0 (released code on WebShop)")
     # update
     critic: str = knob("separate", "separate critic backbone, or one shared with the actor (paper: separate)")
@@ -63,6 +80,7 @@ class Config:
     max_grad_norm: float = knob(1.0, "gradient clip, for actor and critic each")
     gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, a third more time")
     # start from scratch
+    start: str = knob("", "folder `start` of another run, to begin from its clone instead of making one; empty: make one")
     demos: int = knob(1600, "demonstration episodes to clone before training; 0: none")
     plan_noise: float = knob(0.9, "probability that the demonstrator sets out for any subgoal that one could have")
     slips: float = knob(0.15, "probability that another action happens than the one the demonstrator shows")
@@ -75,6 +93,15 @@ class Config:
     save_every: int = knob(10, "iterations between checkpoints")
     show_every: int = knob(10, "iterations between episodes printed in full; 0: never")
     cpu: bool = knob(False, "stay on the CPU where there is a GPU")
+
+    @property
+    def critical(self):
+        """Whether the method has a critic."""
+        return self.method not in GROUPED
+
+    @property
+    def group_size(self):
+        return self.group or (1 if self.critical else 8)
 
     @property
     def style(self):
@@ -90,19 +117,33 @@ def check(config):
     for name in ("iterations", "episodes", "slots", "epochs", "minibatch", "tokens_per_batch", "max_prompt", "max_response", "save_every"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(config, name)}")
-    for name in ("env_workers", "history", "eval_episodes", "demos", "critic_warmup", "show_every", "lr", "critic_lr", "kl", "kl_rest", "clip",
-                 "value_clip", "eval_temperature", "invalid_penalty"):
+    for name in ("env_workers", "history", "eval_episodes", "demos", "critic_warmup", "show_every", "lr", "critic_lr", "kl", "kl_rest", "clip", "group",
+                 "value_clip", "eval_temperature", "invalid_penalty", "keep_penalty", "drift_penalty", "gigpo_weight"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name} must not be negative, not {getattr(config, name)}")
     for name in ("temperature", "max_grad_norm", "clone_epochs", "clone_lr"):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name} must be above 0, not {getattr(config, name)}")
-    for name in ("gamma", "lam_low", "lam_high", "lr_end", "plan_noise", "slips"):
+    for name in ("gamma", "lam_low", "lam_high", "lam", "gigpo_gamma", "checklist", "lr_end", "plan_noise", "slips"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"--{name} must lie in [0, 1], not {getattr(config, name)}")
-    for name, choices in {"method": ("hiper",), "critic": ("separate", "shared")}.items():
+    for name, choices in {"method": METHODS, "prompt": ("plan-execute", "flat"), "critic": ("separate", "shared"), "heads": (2, 3),
+                          "switch_advantage": ("critic", "gain"), "targets": ("lambda", "td0")}.items():
         if getattr(config, name) not in choices:
-            raise UserError(f"--{name} must be {' or '.join(choices)}, not {getattr(config, name)!r}")
+            raise UserError(f"--{name} must be {' or '.join(map(str, choices))}, not {getattr(config, name)!r}")
+    if not re.fullmatch("learned|single|every-turn|fixed:[1-9][0-9]*", config.segments):
+        raise UserError(f"--segments must be learned, single, every-turn or fixed:K with K turns, not {config.segments!r}")
+    if config.prompt == "flat" and (config.method == "hiper" or config.segments != "learned"):
+        raise UserError("--prompt flat has no switches: it goes with --method ppo, rloo, grpo or gigpo and --segments learned")
+    if not config.decisions or set(config.decisions.split(",")) - set(DECISIONS):
+        raise UserError(f"--decisions must name some of {','.join(DECISIONS)}, not {config.decisions!r}")
+    if config.episodes % config.group_size:
+        raise UserError(f"--episodes {config.episodes} is no multiple of --group {config.group_size}, the episodes of each task")
+    if config.group_size == 1 and not config.critical:
+        raise UserError(f"--method {config.method} compares episodes of one task: --group must be at least 2")
+    if config.start and (config.model or not (Path(config.start) / "heads.pt").is_file()):
+        raise UserError(f"--start {config.start} must be the folder `start` of a run without --model" if not config.model
+                        else "give --model or --start, not both")
     if not config.model and not config.demos:
         raise UserError("a model from scratch needs demonstrations: give --demos, or --model")
     try:
@@ -110,7 +151,9 @@ def check(config):
         if config.eval_split and config.eval_split not in module.SPLITS:
             raise UserError(f"--eval_split must be one of {', '.join(module.SPLITS)}, not {config.eval_split!r}")
         with envs.Runner(config.env, module.SPLITS[0], 1) as runner:
-            runner.reset({0: 0})                                            # what is not installed shows here
+            _, info = runner.reset({0: 0})[0]                               # what is not installed shows here
+        if config.checklist and "progress" not in info:
+            raise UserError(f"--checklist needs a world that reports its subtasks (info['progress']), and {config.env} does not")
     except (ValueError, RuntimeError, IndexError) as error:
         raise UserError(error) from None
     if config.model:

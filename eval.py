@@ -1,4 +1,4 @@
-"""Evaluate a trained agent: `python eval.py OUT [--split unseen] [--episodes N] [--greedy] [--json FILE]`.
+"""Evaluate a trained agent: `python eval.py OUT [--split unseen] [--episodes N] [--greedy] [--swap planner=expert] [--json FILE]`.
 
 One pass over the split's tasks in their order, each played once; success is the world's own `won`. The protocol is printed with
 the result. What is evaluated is the last checkpoint's actor, never the best of several.
@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import envs
-from rollout import Style, collect
+import hiper
+from rollout import Style, collect, generate
 
 
 def wilson(wins, n, z=1.96):
@@ -44,12 +46,86 @@ def summary(episodes):
             "truncated": sum(e.truncated for e in episodes) / len(episodes)}
 
 
-def evaluate(actor, tokenizer, runner, tasks, *, temperature, slots, style, seed=0, progress=None):
-    """Play `tasks` once -> `summary`, without touching the training's random state."""
+def alarm(lines, hierarchical):
+    """A sentence when the last of `lines` (metrics, oldest first) is the first of a collapse, with its likely cause; else None.
+
+    hierarchical: whether the agent decides about its segments itself. Means are over four iterations.
+    """
+    def ills(end):                                                          # what is wrong at iteration `end` - 1
+        mean = lambda key, stop=end: sum(line[key] for line in lines[stop - 4:stop]) / 4
+        if end < 4:
+            return {}
+        best = max(mean("success", stop) for stop in range(4, end + 1))
+        return {"hardly ever switches: one subgoal serves all, and the planner no longer plans; try --switch_advantage gain, or "
+                "--keep_penalty": hierarchical and mean("switch_rate") < 0.02,
+                "switches at almost every turn: segments are single turns, and the boundary bootstrap is all there is; see the high head's "
+                "explained_variance, try a smaller --lr": hierarchical and mean("switch_rate") > 0.95,
+                "writes ever more unreadable answers: raise --invalid_penalty or --kl_rest": mean("valid_format") < 0.8,
+                "has lost 20 points of success since its best: the policy moved too far; try a smaller --lr or a larger --kl":
+                    mean("success") < best - 0.2}
+    before = ills(len(lines) - 1)
+    new = [text for text, ill in ills(len(lines)).items() if ill and not before.get(text)]
+    return f"iteration {lines[-1]['iteration']}: the agent " + "; and ".join(new) if new else None
+
+
+def evaluate(actor, tokenizer, runner, tasks, *, temperature, slots, style, seed=0, progress=None, **players):
+    """Play `tasks` once -> `summary`, without touching the training's random state. players: as in `collect`."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        episodes = collect(actor, tokenizer, runner, tasks, slots=slots, temperature=temperature, style=style, progress=progress)
+        episodes = collect(actor, tokenizer, runner, tasks, slots=slots, temperature=temperature, style=style, progress=progress,
+                           **players)
     return summary(episodes)
+
+
+def players(swaps, runner, frozen, tokenizer, style, temperature, seed=0):
+    """{"planner": who, "executor": who} -> what `collect` takes: how much of the success is planning, how much execution?
+
+    who: "expert", the world's own demonstrator (he switches when a subgoal is reached or hopeless; as an executor he pursues the
+    agent's subgoal, and does anything admissible where it leads nowhere), "random" (a subgoal that one could have, at the
+    expert's switches; any admissible action) or "frozen", the actor `frozen`.
+    """
+    rng = random.Random(seed)
+
+    def speak(prompts, tag):
+        said = generate(frozen, tokenizer, prompts, temperature=temperature, max_response=style.max_response, tag=tag)
+        return [hiper.response_text(ids, tokenizer) for ids in said]
+
+    def plan(seats, prompts):                                               # -> the text each response begins with
+        if swaps["planner"] == "frozen":
+            return speak(prompts, b"</subgoal>")
+        texts = []
+        for (slot, advice), seat in zip(runner.expert({slot: seat.subgoal for slot, seat in seats.items()}).items(), seats.values()):
+            switch, subgoal, _ = advice or (False, seat.subgoal, "")        # he may not know how to go on
+            if switch and swaps["planner"] == "random":
+                subgoal = rng.choice(seat.info["subgoals"])
+            texts.append(hiper.keep_block(subgoal, "SWITCH" if switch else "KEEP"))
+        return texts
+
+    def act(seats, prompts, decisions):                                     # -> the action each does
+        anything = [rng.choice(seat.info["admissible"]) for seat in seats.values()]
+        if swaps["executor"] == "random":
+            return anything
+        if swaps["executor"] == "frozen":
+            planned = [p + tokenizer(hiper.keep_block(d.subgoal, "SWITCH" if d.switch else "KEEP"), add_special_tokens=False)["input_ids"]
+                       for p, d in zip(prompts, decisions)]
+            return [hiper.parse(text).action for text in speak(planned, b"</action>")]
+        aims = {slot: d.subgoal if d.subgoal and (d.switch or not seat.turns) else seat.subgoal for (slot, seat), d in zip(seats.items(), decisions)}
+        return [advice[2] if advice and not advice[0] else other for advice, other in zip(runner.expert(aims).values(), anything)]
+
+    return {name: play for name, play in (("planner", plan), ("executor", act)) if name in swaps}
+
+
+def read_swaps(given, config, info):
+    """["planner=expert", ...] -> {"planner": "expert"}; ValueError for what cannot be. info: of the world's reset."""
+    swaps = dict(text.partition("=")[::2] for text in given)
+    for role, who in swaps.items():
+        if role not in ("planner", "executor") or who not in ("expert", "random", "frozen"):
+            raise ValueError(f"--swap {role}={who}: it must be planner= or executor=, and expert, random or frozen")
+    if swaps and config.get("prompt") == "flat":
+        raise ValueError("--swap needs an agent that plans and executes, and this one has the flat prompt")
+    if swaps.get("planner") == "random" and not info.get("subgoals"):
+        raise ValueError(f"--swap planner=random needs a world that lists its subgoals, and {config['env']} does not")
+    return swaps
 
 
 def table(result):
@@ -71,6 +147,8 @@ def main(argv=None):
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--slots", type=int, default=64, help="episodes in play at once")
+    parser.add_argument("--swap", action="append", default=[], metavar="ROLE=WHO", help="let the expert, a random or the frozen start "
+                        "model play the planner or the executor: planner=expert, executor=frozen, ...; may be repeated")
     parser.add_argument("--json", type=Path, help="write the result there")
     args = parser.parse_args(argv)
     logging.set_verbosity_error()
@@ -88,19 +166,25 @@ def main(argv=None):
         if not (args.out / "actor").is_dir():
             raise FileNotFoundError                                         # or transformers asks the hub for it
         tokenizer = AutoTokenizer.from_pretrained(args.out / "actor", padding_side="left")
+        with envs.Runner(config["env"], split, 1) as runner:
+            swaps = read_swaps(args.swap, config, runner.reset({0: 0})[0][1])
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        actor = AutoModelForCausalLM.from_pretrained(args.out / "actor", dtype="auto").to(device).eval()
+        attention = None if config["model"] else "eager"                    # as in training
+        load = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation=attention).to(device).eval()
+        actor = load(args.out / "actor")
+        frozen = load(config["model"] or config.get("start") or args.out / "start") if "frozen" in swaps.values() else None
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError, KeyError))
         sys.exit(fail(f"{args.out} holds no finished training run (config.json and actor/): give the --out of train.py"
                       if missing else error))
     temperature = 0.0 if args.greedy else args.temperature
-    style = Style(**{k: config[k] for k in Style.__dataclass_fields__})
+    style = Style(**{k: config[k] for k in Style.__dataclass_fields__ if k in config})
     with envs.Runner(config["env"], split, config["env_workers"]) as runner:
-        result = evaluate(actor, tokenizer, runner, tasks, temperature=temperature, slots=args.slots, style=style, seed=args.seed)
+        result = evaluate(actor, tokenizer, runner, tasks, temperature=temperature, slots=args.slots, style=style, seed=args.seed,
+                          **players(swaps, runner, frozen, tokenizer, style, temperature, args.seed))
     protocol = {"run": str(args.out), "env": config["env"], "split": split, "tasks": f"first {len(tasks)} of "
                 f"{envs.size(config['env'], split)}, each once", "temperature": temperature, "seed": args.seed,
-                "history": style.history, "checkpoint": "last"}
+                "history": style.history, "checkpoint": "last", **swaps}
     print("protocol: " + ", ".join(f"{k} {v}" for k, v in protocol.items()))
     print(table(result))
     if args.json:

@@ -52,7 +52,8 @@ Think first, then act. Answer with these two blocks and nothing else:
 <think>your reasoning</think>
 <action>exactly one of the admissible actions</action>"""
 
-BRIEF = "Task: {task}.\n{history}{observation}\n{actions}Subgoal: {subgoal}.\n"     # for a model that was cloned, not instructed
+BRIEF_FLAT = "Task: {task}.\n{history}{observation}\n{actions}"                  # for a model that was cloned, not instructed
+BRIEF = BRIEF_FLAT + "Subgoal: {subgoal}.\n"
 
 
 def plan_execute_prompt(task, observation, subgoal="", history=(), admissible=(), brief=False):
@@ -60,9 +61,9 @@ def plan_execute_prompt(task, observation, subgoal="", history=(), admissible=()
     return _fill(BRIEF if brief else PLAN_EXECUTE, task, observation, subgoal, history, admissible)
 
 
-def flat_prompt(task, observation, history=(), admissible=()):
+def flat_prompt(task, observation, history=(), admissible=(), brief=False):
     """The baselines' prompt, without a plan: <think> and <action>."""
-    return _fill(FLAT, task, observation, "", history, admissible)
+    return _fill(BRIEF_FLAT if brief else FLAT, task, observation, "", history, admissible)
 
 
 def _fill(template, task, observation, subgoal, history, admissible):
@@ -74,6 +75,11 @@ def _fill(template, task, observation, subgoal, history, admissible):
 def response(switch, subgoal, action):
     """What a perfectly formed answer looks like: the demonstrator writes this."""
     return keep_block(subgoal, "SWITCH" if switch else "KEEP") + f"<action>{action}</action>"
+
+
+def flat_response(thought, action):
+    """The same for the flat prompt."""
+    return f"<think>{thought}</think><action>{action}</action>"
 
 
 def keep_block(subgoal, word="KEEP"):
@@ -122,6 +128,18 @@ def parse(text):
     if not error and not blocks["switch"].end() <= blocks["subgoal"].start() < blocks["subgoal"].end() <= blocks["action"].start():
         error = "blocks out of order"
     return Decision(body["switch"] == "SWITCH", body["subgoal"], body["action"], not error, error)
+
+
+def parse_flat(text):
+    """Read <think> and <action> -> Decision without switch and subgoal. Never raises. Valid: both once, in order, not empty."""
+    raw = text.encode("utf-8", "replace")
+    action = BLOCK["action"].search(raw)
+    body = action[1].decode("utf-8", "replace").strip() if action else ""
+    tags = [b"<think>", b"</think>", b"<action>", b"</action>"]
+    places = [raw.find(tag) for tag in tags]
+    once = [raw.count(tag) for tag in tags] == [1] * 4 and places == sorted(places) and raw[places[0] + 7:places[1]].strip()
+    error = "no <action> block" if not action else "empty <action> block" if not body else "" if once else "<think> block not well-formed"
+    return Decision(False, "", body, not error, error)
 
 
 # ---- decision masks ---------------------------------------------------------------------------------------------------
@@ -212,6 +230,10 @@ class Scores(NamedTuple):
     v_high: torch.Tensor        # [N] V_high(s)           read at the last prompt token
     v_low: torch.Tensor         # [N] V_low(s, o)         read at the last token of </subgoal>
     v_switch: torch.Tensor      # [N] V_switch(s, o_prev) read at the last prompt token
+
+    def value(self, head):
+        """[N] of head high, low or switch."""
+        return getattr(self, f"v_{head}")
 
 
 class ActorCritic(nn.Module):

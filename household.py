@@ -195,7 +195,16 @@ class Household:
 
     def _info(self):
         return {"task": self.task, "task_type": self.task_type, "admissible": self.admissible(), "won": self.won,
-                "score": float(self.won), "subgoals": self.subgoals()}
+                "score": float(self.won), "subgoals": self.subgoals(), "progress": self._progress()}
+
+    def _progress(self):
+        """The share of the task's subtasks that are done: taken, made clean, hot or cool, delivered (or lit)."""
+        mine = [o for o in self.where if kind(o) == self.obj]
+        treated = [o for o in mine if self.goal_state in (None, self.state.get(o))]
+        goals = {"look_at_obj_in_light": [self.lit], "pick_two_obj_and_place": [n <= len(self._delivered()) for n in (1, 2)]}
+        done = [any(self.where[o] is None or o in self._delivered() for o in mine), *([bool(treated)] if self.goal_state else []),
+                *goals.get(self.task_type, [self.won])]
+        return sum(done) / len(done)
 
     # ---- the scripted expert ------------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ class Turn:
     subgoal: str            # the subgoal in force from here on
     observation: str        # what the agent saw before it answered
     reward: float           # scaled, penalties included
+    carried: str = ""       # o_{t-1}, the subgoal the agent came with
 
 
 @dataclass(frozen=True)
@@ -55,33 +56,38 @@ class Style:
     max_response: int = 512             # tokens
     success_reward: float = 10.0
     invalid_penalty: float = 0.1
+    prompt: str = "plan-execute"        # or "flat": <think> and <action>
+    segments: str = "learned"           # or "single", "every-turn", "fixed:k": the switch is written for the agent
+    keep_penalty: float = 0.0           # taken off on a KEEP turn
+    drift_penalty: float = 0.0          # taken off where KEEP's subgoal is not the carried one
+    checklist: float = 0.0              # the share of the success reward that is paid for subtasks, as `info["progress"]` grows
 
 
 # ---- playing ----------------------------------------------------------------------------------------------------------
 
 class StopAtAction(StoppingCriteria):
-    """Stops each row at its own `</action>` or end token, and remembers how long it was."""
+    """Stops each row at its own `</action>` (or another tag) or end token, and remembers how long it was."""
 
-    def __init__(self, tokenizer, prompt_length, rows, ends):
-        self.table, self.prompt_length, self.ends = hiper.token_bytes(tokenizer), prompt_length, ends
+    def __init__(self, tokenizer, prompt_length, rows, ends, tag=b"</action>"):
+        self.table, self.prompt_length, self.ends, self.tag = hiper.token_bytes(tokenizer), prompt_length, ends, tag
         self.lengths = [0] * rows                                   # 0: not finished
 
     def __call__(self, input_ids, scores, **kwargs):
         made = input_ids.shape[1] - self.prompt_length
-        for n, tail in enumerate(input_ids[:, -min(made, 9):].tolist()):       # `</action>` is nine bytes
-            if not self.lengths[n] and (tail[-1] in self.ends or b"</action>" in b"".join(self.table[i] for i in tail)):
+        for n, tail in enumerate(input_ids[:, -min(made, len(self.tag)):].tolist()):   # a token is a byte or more
+            if not self.lengths[n] and (tail[-1] in self.ends or self.tag in b"".join(self.table[i] for i in tail)):
                 self.lengths[n] = made
         return torch.tensor([bool(n) for n in self.lengths], device=input_ids.device)
 
 
 @torch.no_grad()
-def generate(actor, tokenizer, prompts, *, temperature, max_response):
-    """Sample one response per prompt (greedy at temperature 0). prompts: list of id lists -> list of id lists."""
+def generate(actor, tokenizer, prompts, *, temperature, max_response, tag=b"</action>"):
+    """Sample one response per prompt (greedy at temperature 0), up to `tag`. prompts: list of id lists -> list of id lists."""
     width, pad = max(map(len, prompts)), tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=actor.device)             # [N, P] left-padded
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=actor.device)   # from lengths
     ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
-    stop = StopAtAction(tokenizer, width, len(prompts), ends)
+    stop = StopAtAction(tokenizer, width, len(prompts), ends, tag)
     sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature > 0 else dict(do_sample=False)
     config = GenerationConfig(max_new_tokens=max_response, eos_token_id=sorted(ends), pad_token_id=pad, **sampling)
     own, actor.generation_config = actor.generation_config, config  # HF fills what `config` leaves open from the checkpoint's own
@@ -108,20 +114,36 @@ class Seat:
     def __init__(self, index, observation, info, style):
         self.index, self.task, self.task_type, self.style = index, info["task"], info["task_type"], style
         self.observation, self.info, self.subgoal = observation, info, ""
-        self.past, self.turns = deque(maxlen=style.history), []
+        self.past, self.turns, self.progress = deque(maxlen=style.history), [], 0.0
 
     def prompt(self, history=True):
-        return hiper.plan_execute_prompt(self.task, self.observation, self.subgoal, self.past if history else (),
-                                         self.info["admissible"] if self.style.show_admissible else (), self.style.brief)
+        past, actions = self.past if history else (), self.info["admissible"] if self.style.show_admissible else ()
+        if self.style.prompt == "flat":
+            return hiper.flat_prompt(self.task, self.observation, past, actions, self.style.brief)
+        return hiper.plan_execute_prompt(self.task, self.observation, self.subgoal, past, actions, self.style.brief)
+
+    def prefix(self):
+        """What is written for the agent, where segments are imposed: SWITCH, or KEEP with the carried subgoal; else nothing."""
+        if self.style.segments == "learned":
+            return ""
+        every = {"single": 10 ** 9, "every-turn": 1}.get(self.style.segments) or int(self.style.segments.removeprefix("fixed:"))
+        return hiper.keep_block(self.subgoal) if len(self.turns) % every else "<switch>SWITCH</switch>"
 
     def answer(self, prompt_ids, response_ids, decision, outcome):
         """Record a turn; -> True at the episode's end."""
         observation, reward, terminated, truncated, info = outcome
+        style, carried = self.style, self.subgoal
         opened = decision.switch or not self.turns                  # turn 0 opens a segment whatever was written
         if opened and decision.subgoal:
             self.subgoal = decision.subgoal                         # on KEEP the carried one stays
-        reward = self.style.success_reward * reward - self.style.invalid_penalty * (not decision.valid)
-        self.turns.append(Turn(prompt_ids, response_ids, decision, opened, self.subgoal, self.observation, reward))
+        if style.checklist:                                         # a subtask pays once
+            gain = max(0.0, info["progress"] - self.progress)
+            self.progress += gain
+            reward = (1 - style.checklist) * reward + style.checklist * gain
+        reward = style.success_reward * reward - style.invalid_penalty * (not decision.valid)
+        if decision.valid and not opened and style.prompt != "flat":
+            reward -= style.keep_penalty + style.drift_penalty * (decision.subgoal != carried)
+        self.turns.append(Turn(prompt_ids, response_ids, decision, opened, self.subgoal, self.observation, reward, carried))
         self.past.append((self.observation, decision.action))
         self.observation, self.info = observation, info
         self.ended, self.truncated = terminated or truncated, truncated and not terminated
@@ -135,21 +157,29 @@ def prompts_of(seats, tokenizer):
             else encode(tokenizer, [seat.prompt(history=False)], seat.style.max_prompt)[0] for seat, row in zip(seats, ids)]
 
 
-def collect(actor, tokenizer, runner, tasks, *, slots, temperature, style=Style(), progress=None):
+def collect(actor, tokenizer, runner, tasks, *, slots, temperature, style=Style(), progress=None, planner=None, executor=None):
     """Play the tasks (indices of the runner's split) -> Episodes in the order of `tasks`.
 
-    slots: episodes in play at once. progress: called with each Episode as it ends.
+    slots: episodes in play at once. progress: called with each Episode as it ends. planner({slot: Seat}, prompts) -> the text each
+    response begins with, executor({slot: Seat}, prompts, decisions) -> the action each does: who plays these parts in the agent's stead.
     """
     queue, seats, done = deque(enumerate(tasks)), {}, {}
+    planner = planner or (lambda playing, prompts: [seat.prefix() for seat in playing.values()])
     while queue or seats:
         fresh = {slot: queue.popleft() for slot in range(slots) if slot not in seats and queue}        # refill at once
         for slot, (observation, info) in runner.reset({slot: index for slot, (_, index) in fresh.items()}).items():
             seats[slot] = fresh[slot][0], Seat(fresh[slot][1], observation, info, style)
         order = list(seats)
         prompts = prompts_of([seats[slot][1] for slot in order], tokenizer)
-        responses = generate(actor, tokenizer, prompts, temperature=temperature, max_response=style.max_response)
-        decisions = [hiper.parse(hiper.response_text(r, tokenizer)) for r in responses]
-        outcomes = runner.step({slot: d.action for slot, d in zip(order, decisions)})
+        playing = {slot: seats[slot][1] for slot in order}
+        begun = [tokenizer(text, add_special_tokens=False)["input_ids"] if text else [] for text in planner(playing, prompts)]
+        responses = generate(actor, tokenizer, [p + b for p, b in zip(prompts, begun)], temperature=temperature,
+                             max_response=style.max_response)
+        responses = [b + r for b, r in zip(begun, responses)]
+        parse = hiper.parse_flat if style.prompt == "flat" else hiper.parse
+        decisions = [parse(hiper.response_text(r, tokenizer)) for r in responses]
+        actions = executor(playing, prompts, decisions) if executor else [d.action for d in decisions]
+        outcomes = runner.step(dict(zip(order, actions)))
         ended = [slot for slot, *turn in zip(order, prompts, responses, decisions)
                  if seats[slot][1].answer(*turn, outcomes[slot])]
         if ended:
@@ -193,7 +223,7 @@ def samples_of(prompts, responses, tokenizer):
 
 @dataclass(frozen=True)
 class Batch:
-    """Episodes as hae.py wants them. All arrays [B, T] but the last three; `row`, `col` say where turn n lies in them."""
+    """Episodes as hae.py wants them. All arrays [B, T] but where it says otherwise; `row`, `col` say where turn n lies in them."""
     samples: Samples            # the N turns, episode after episode
     row: torch.Tensor           # int [N]
     col: torch.Tensor           # int [N]
@@ -201,6 +231,8 @@ class Batch:
     rewards: torch.Tensor       # float
     switch: torch.Tensor        # bool: a segment opens
     truncated: torch.Tensor     # bool [B]
+    group: torch.Tensor         # int [B] the task: equal numbers for episodes of one task
+    state: torch.Tensor         # int [B, T] equal numbers for equal observations
     ends: Samples               # [B] the states after the last turns, with the carried subgoal kept
 
     def grid(self, x):
@@ -219,18 +251,21 @@ def batch_of(episodes, tokenizer):
     col = torch.tensor([t for e in episodes for t in range(len(e.turns))])
     empty = torch.zeros(len(episodes), int(col.max()) + 1)
     put = lambda values, like: like.index_put((row, col), torch.tensor(values, dtype=like.dtype))
-    keep = [tokenizer(hiper.keep_block(e.turns[-1].subgoal), add_special_tokens=False)["input_ids"] for e in episodes]
+    seen = {}                                                       # observation -> its number
+    states = [seen.setdefault(turn.observation, len(seen)) for turn in turns]
     return Batch(samples_of([t.prompt for t in turns], [t.response for t in turns], tokenizer), row, col,
                  put([True] * len(turns), empty.bool()), put([t.reward for t in turns], empty),
                  put([t.opened for t in turns], empty.bool()), torch.tensor([e.truncated for e in episodes]),
-                 ends_of(episodes, keep, tokenizer))
+                 torch.tensor([e.index for e in episodes]), put(states, empty.long()),
+                 kept([e.end_prompt for e in episodes], [e.turns[-1].subgoal for e in episodes], tokenizer))
 
 
-def ends_of(episodes, keep, tokenizer):
-    """The states after the last turns as Samples: V_high is read after the prompt, V_low after the repeated subgoal."""
-    samples = samples_of([e.end_prompt for e in episodes], keep, tokenizer)
+def kept(prompts, subgoals, tokenizer):
+    """KEEP and the carried subgoal, as if written, as Samples: V_high is read after the prompt, V_low after the subgoal."""
+    blocks = tokenizer([hiper.keep_block(subgoal) for subgoal in subgoals], add_special_tokens=False)["input_ids"]
+    samples = samples_of(prompts, blocks, tokenizer)
     closed = torch.arange(samples.masks.subgoal.shape[1]) < samples.lengths[:, None]                   # [B, L]
-    return Samples(samples.prompts, keep, samples.masks._replace(subgoal=closed), samples.lengths)
+    return Samples(prompts, blocks, samples.masks._replace(subgoal=closed), samples.lengths)
 
 
 def micro_batches(lengths, tokens):

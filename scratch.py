@@ -43,7 +43,8 @@ def demonstrations(runner, tasks, *, plan_noise, slips, style, seed, slots=64):
                 said[slot] = hiper.Decision(switch, subgoal, action, True, "")
                 stray.setdefault(slot, []).extend(seat.info["admissible"])
                 done[slot] = rng.choice(stray[slot]) if rng.random() < slips else action
-                told[slot].append((seat.prompt(), hiper.response(switch, subgoal, action)))
+                told[slot].append((seat.prompt(), hiper.flat_response(subgoal, action) if style.prompt == "flat"
+                                   else hiper.response(switch, subgoal, action)))
             outcomes = runner.step(done)
             seats = {slot: seat for slot, seat in seats.items() if not seat.answer([], [], said[slot], outcomes[slot])}
             won.update({slot for slot in outcomes if outcomes[slot][-1]["won"]})

@@ -1,6 +1,6 @@
 """Train an LLM agent with HiPER: `python train.py [CONFIG.yaml] [--flag value ...]`.
 
-One iteration: play episodes, score them with the old policy, turn rewards into three advantages (HAE), update with PPO.
+One iteration: play episodes, score them with the old policy, turn rewards into advantages (HAE's three, or a baseline's), update with PPO.
 Without flags: a tiny Qwen2 from scratch, warm-started on a few noisy demonstrations, in the household world, on the CPU.
 `--model NAME_OR_PATH` takes any Hugging Face causal LM instead, `--env` another world.
 
@@ -31,16 +31,17 @@ import envs
 import hiper
 import scratch
 from config import UserError, check, open_out, read_config
-from eval import evaluate, fail, summary, table
-from hae import hae, normalize
-from rollout import batch_of, collect, micro_batches, score
+from eval import alarm, evaluate, fail, summary, table
+from credit import assign, needs_keep
+from hae import normalize
+from rollout import batch_of, collect, kept, micro_batches, score
 
 
 # ---- setting up -------------------------------------------------------------------------------------------------------
 
 def build(config, out, runner, accelerator):
     """-> (policy, tokenizer, reference or None). The start model is `--model`, or cloned from scratch into out/start."""
-    start = out / "start" if not config.model else config.model
+    start = config.model or Path(config.start or out / "start")
     if not config.model and not (start / "config.json").exists():
         if accelerator.is_main_process:
             clone(config, out, runner, accelerator)
@@ -50,7 +51,7 @@ def build(config, out, runner, accelerator):
     attention = None if config.model else "eager"                       # a third faster than sdpa at this size on a CPU
     load = lambda dtype: AutoModelForCausalLM.from_pretrained(start, dtype=dtype, attn_implementation=attention).eval()
     torch.manual_seed(config.seed)
-    policy = hiper.ActorCritic(load(torch.float32), config.critic, config.temperature).to(accelerator.device)
+    policy = hiper.ActorCritic(load(torch.float32), config.critic if config.critical else "shared", config.temperature).to(accelerator.device)
     if config.gradient_checkpointing:
         policy.actor.gradient_checkpointing_enable()
     if not config.model:
@@ -87,59 +88,44 @@ def optimizer_of(policy, config):
 
 # ---- one iteration ----------------------------------------------------------------------------------------------------
 
-def credit(batch, old, ends, config, accelerator):
-    """Rewards and old values -> hae.HAE [B, T], and its three advantages normalised over all processes."""
-    truncated = batch.truncated & config.bootstrap
-    raw = hae(batch.rewards, batch.switch, batch.mask, *(batch.grid(v) for v in (old.v_high, old.v_low, old.v_switch)),
-              gamma=config.gamma, lam_low=config.lam_low, lam_high=config.lam_high,
-              end_high=ends.v_high * truncated, end_low=ends.v_low * truncated)
-    decides = batch.mask.clone()
-    decides[:, 0] = False                                               # at turn 0 there is no switch to decide on
-
-    def over_all(adv, where):                                           # [B, T], [B, T] -> [B, T]
+def whitener(accelerator):
+    """`normalize` over the turns of all processes: a function (adv [B, T], where [B, T]) -> [B, T]."""
+    def whiten(adv, where):
         both = torch.stack([adv.flatten(), where.flatten()]).T.to(accelerator.device)              # [B T, 2]
         everyone = accelerator.gather(accelerator.pad_across_processes(both)).cpu()
         width = len(everyone) // accelerator.num_processes
         mine = normalize(everyone[:, 0], everyone[:, 1].bool())[accelerator.process_index * width:]
         return mine[:adv.numel()].view_as(adv)
-
-    return raw, (over_all(raw.adv_switch, decides), over_all(raw.adv_subgoal, batch.switch & batch.mask),
-                 over_all(raw.adv_action, batch.mask))
+    return whiten
 
 
-def update(policy, optimizer, batch, old, ref, raw, advantages, config, accelerator, actor_learns):
+def update(policy, optimizer, samples, old, ref, credit, config, accelerator, actor_learns):
     """PPO on one iteration's turns -> mean losses and diagnostics, as floats over all processes."""
-    samples, device = batch.samples, accelerator.device
-    opened = batch.flat(batch.switch)                                                               # [N]
-    decides = batch.col > 0                                                                         # [N]
-    token_adv, trained = hiper.token_advantages(samples.masks, opened, *map(batch.flat, advantages))    # [N, L]
-    trained &= ~samples.masks.switch | decides[:, None]
+    device, trained, heads = accelerator.device, credit.trained, credit.targets
     spoken = torch.arange(trained.shape[1]) < samples.lengths[:, None]                              # [N, L] response tokens
-    targets = [batch.flat(r) for r in (raw.ret_high, raw.ret_low, raw.ret_switch)]                  # [N] each
+    parts = ("logp", "values") if heads else ("logp",)
     sizes = [len(p) + len(r) for p, r in zip(samples.prompts, samples.responses)]
     turns = accelerator.reduce(torch.tensor(len(sizes), device=device), "sum").item()
     total = defaultdict(float)
     for _ in range(config.epochs):
         for rows in torch.randperm(len(sizes)).tensor_split(math.ceil(turns / config.minibatch)):
-            counts = torch.stack([trained[rows].sum(), spoken[rows].sum(), opened[rows].sum(), torch.tensor(len(rows))])
-            n_trained, n_spoken, n_opened, n = accelerator.reduce(counts.to(device), "sum").clamp(min=1).tolist()   # global
+            counts = torch.stack([trained[rows].sum(), spoken[rows].sum(), *(where[rows].sum() for _, where in heads.values())])
+            n_trained, n_spoken, *n_valued = accelerator.reduce(counts.to(device), "sum").clamp(min=1).tolist()     # global
             for part in micro_batches([sizes[i] for i in rows], config.tokens_per_batch):
                 index = rows[part]
                 with accelerator.autocast():
-                    new = policy(*samples.rows(index.tolist(), device))
+                    new = policy(*samples.rows(index.tolist(), device), parts=parts)
                 width = new.logp.shape[1]
                 here = lambda x: x[index, :width].to(device) if x.ndim == 2 else x[index].to(device)
                 learns, said = here(trained), here(spoken)                                          # [n, L]
-                surrogate, clipped = hiper.policy_loss(new.logp, here(old.logp), here(token_adv), config.clip)
+                surrogate, clipped = hiper.policy_loss(new.logp, here(old.logp), here(credit.adv), config.clip)
                 policy_term = (surrogate * learns).sum() / n_trained
                 k3 = hiper.kl_k3(new.logp, here(ref.logp)) * said if ref else torch.zeros_like(new.logp)
                 kl_term = k3.sum() / n_spoken
                 held = (k3 * torch.where(learns, config.kl, config.kl_rest)).sum() / n_spoken
-                v_high, v_low, v_switch = (hiper.value_loss(v, here(o), here(y), config.value_clip) for v, o, y in zip(
-                    (new.v_high, new.v_low, new.v_switch), (old.v_high, old.v_low, old.v_switch), targets))    # [n]
-                value_term = (v_high * here(opened)).sum() / n_opened + (v_low.sum() + v_switch.sum()) / n
-                loss = value_term + (policy_term + held if actor_learns else 0)
-                loss.backward()
+                value_term = sum((hiper.value_loss(new.value(head), here(old.value(head)), here(y), config.value_clip) * here(where)).sum() / n
+                                 for (head, (y, where)), n in zip(heads.items(), n_valued)) + torch.zeros((), device=device)
+                (value_term + (policy_term + held if actor_learns else 0)).backward()
                 for name, x in {"policy_loss": policy_term, "value_loss": value_term, "kl": kl_term,
                                 "clip_fraction": (clipped * learns).sum() / n_trained,
                                 "entropy": (new.entropy * learns).sum() / n_trained}.items():
@@ -173,7 +159,7 @@ def explained_variance(values, targets, where):
 
 
 def iterate(policy, tokenizer, reference, optimizer, runner, config, accelerator, iteration):
-    """Play, score, credit, update -> (metrics, episodes, raw advantages)."""
+    """Play, score, credit, update -> (metrics, episodes, credit)."""
     rank, world = accelerator.process_index, accelerator.num_processes
     set_seed(config.seed * 1_000_003 + iteration * 1_009 + rank)
     fraction = 1 - (1 - config.lr_end) * iteration / config.iterations
@@ -181,30 +167,34 @@ def iterate(policy, tokenizer, reference, optimizer, runner, config, accelerator
         group["lr"] = lr * fraction
     size = envs.size(config.env, runner.split)
     pick = random.Random(config.seed * 1_000_003 + iteration)               # the same on every process
-    tasks = [pick.randrange(size) for _ in range(config.episodes)][rank::world]
+    tasks = [pick.randrange(size) for _ in range(config.episodes // config.group_size)][rank::world]
+    tasks = [task for task in tasks for _ in range(config.group_size)]      # a task's episodes stay in one process
+    parts = ("logp", "values") if config.critical else ("logp",)
     clock = {"rollout": time.perf_counter()}
     with accelerator.autocast():
         episodes = collect(policy.actor, tokenizer, runner, tasks, slots=config.slots, temperature=config.temperature,
                            style=config.style)
         clock["score"] = time.perf_counter()
         batch = batch_of(episodes, tokenizer)
-        old = score(policy, batch.samples, tokens=config.tokens_per_batch)
+        valued = lambda samples: score(policy, samples, tokens=config.tokens_per_batch, parts=("values",))
+        old = score(policy, batch.samples, tokens=config.tokens_per_batch, parts=parts)
         ref = score(reference, batch.samples, tokens=config.tokens_per_batch, parts=("logp",)) if reference else None
-        ends = score(policy, batch.ends, tokens=config.tokens_per_batch, parts=("values",))
-    raw, advantages = credit(batch, old, ends, config, accelerator)
+        ends = valued(batch.ends) if config.critical else None
+        carried = [turn.carried for e in episodes for turn in e.turns]
+        v_keep = valued(kept(batch.samples.prompts, carried, tokenizer)).v_low if needs_keep(config) else None
+    credit = assign(batch, old, config, whitener(accelerator), ends, v_keep)
     clock["update"] = time.perf_counter()
-    losses = update(policy, optimizer, batch, old, ref, raw, advantages, config, accelerator, iteration >= config.critic_warmup)
+    learns = iteration >= config.critic_warmup or not config.critical
+    losses = update(policy, optimizer, batch.samples, old, ref, credit, config, accelerator, learns)
     clock["end"] = time.perf_counter()
     names = list(clock)
     seconds = {a: clock[b] - clock[a] for a, b in zip(names, names[1:])}
     everyone = gather_object(episodes)                                      # of all processes, and so are these
-    fit = {"high": (old.v_high, raw.ret_high, batch.switch & batch.mask), "low": (old.v_low, raw.ret_low, batch.mask),
-           "switch": (old.v_switch, raw.ret_switch, batch.mask)}
-    fit = gather_object([{k: (batch.grid(v).flatten(), y.flatten(), where.flatten()) for k, (v, y, where) in fit.items()}])
+    fit = gather_object([{head: (old.value(head), *target) for head, target in credit.targets.items()}])
     metrics = {"iteration": iteration, **summary(everyone), **losses, "lr": config.lr * fraction,
                "explained_variance": {k: explained_variance(*map(torch.cat, zip(*(part[k] for part in fit)))) for k in fit[0]},
                "seconds": seconds, "turns_per_second": sum(len(e.turns) for e in everyone) / seconds["rollout"]}
-    return metrics, episodes, raw
+    return metrics, episodes, credit
 
 
 # ---- saving and showing -----------------------------------------------------------------------------------------------
@@ -259,15 +249,17 @@ def picture(out, log):
     plt.close(figure)
 
 
-def tell(episode, raw, b):
-    """One episode in full text with its segments and three advantages: collapse shows here first."""
+def tell(episode, shown):
+    """One episode in full text with its segments and advantages (name -> [T]): collapse shows here first."""
     lines = [f"task {episode.index} ({episode.task_type}): {episode.task} -> {'won' if episode.won else 'lost'}"]
     for t, turn in enumerate(episode.turns):
-        if turn.opened:
-            lines.append(f"  -- {turn.subgoal or '(no subgoal)'}   A_subgoal {raw.adv_subgoal[b, t]:+.2f}")
+        says = {name: f"{name} {adv[t]:+.2f}" for name, adv in shown.items()}
+        planned = says.pop("A_subgoal", "")
+        if turn.opened and planned:
+            lines.append(f"  -- {turn.subgoal or '(no subgoal)'}   {planned}")
         error = f"   ! {turn.decision.error}" if turn.decision.error else ""
         lines.append(f"     {turn.observation}")
-        lines.append(f"     > {turn.decision.action}   A_action {raw.adv_action[b, t]:+.2f}  A_switch {raw.adv_switch[b, t]:+.2f}{error}")
+        lines.append(f"     > {turn.decision.action}   {'  '.join(says.values())}{error}")
     return "\n".join(lines)
 
 
@@ -301,13 +293,16 @@ def run(config, accelerator, out):
             tqdm.write(f"{out} has all its {first} iterations: nothing is left to do")
         bar = tqdm(range(first, config.iterations), initial=first, total=config.iterations, desc=config.method, unit="it", disable=not main)
         for iteration in bar:
-            metrics, episodes, raw = iterate(policy, tokenizer, reference, optimizer, runner, config, accelerator, iteration)
+            metrics, episodes, credit = iterate(policy, tokenizer, reference, optimizer, runner, config, accelerator, iteration)
             log["lines"].append(metrics)
             bar.set_postfix(success=f"{metrics['success']:.0%}", switch_rate=f"{metrics['switch_rate']:.2f}")
             if main:
                 write_log(out, log)
+                trouble = alarm(log["lines"], config.method == "hiper" and config.segments == "learned")
+                if trouble:
+                    tqdm.write(f"warning: {trouble}")
                 if config.show_every and iteration % config.show_every == 0:
-                    tqdm.write(tell(episodes[0], raw, 0))
+                    tqdm.write(tell(episodes[0], {name: adv[0] for name, adv in credit.shown.items()}))
                 if (iteration + 1) % config.save_every == 0 and iteration + 1 < config.iterations:
                     save(out, policy, tokenizer, optimizer, iteration + 1, log)
             accelerator.wait_for_everyone()

@@ -79,9 +79,11 @@ def play(folder, episodes):
     import envs
     import train
     from config import UserError, read_config
+    from credit import assign
     from rollout import batch_of, collect, score
     try:
-        config = dataclasses.replace(read_config([str(folder / "config.json")]), kl=0.0, kl_rest=0.0)      # no reference model
+        config = dataclasses.replace(read_config([str(folder / "config.json")]), kl=0.0, kl_rest=0.0,      # no reference model
+                                     method="hiper", switch_advantage="critic", heads=3)
     except UserError as error:
         sys.exit(f"error: {error}")
     if not (config.model or (folder / "start").exists()):
@@ -95,11 +97,11 @@ def play(folder, episodes):
         tasks = random.Random(config.seed).choices(range(envs.size(config.env, runner.split)), k=episodes)
         played = collect(policy.actor, tokenizer, runner, tasks, slots=config.slots, temperature=config.temperature, style=config.style)
     batch = batch_of(played, tokenizer)
-    old, ends = (score(policy, x, tokens=config.tokens_per_batch, parts=("values",)) for x in (batch.samples, batch.ends))
-    raw, _ = train.credit(batch, old, ends, config, accelerator)
+    old, ends = (score(policy, x, tokens=config.tokens_per_batch) for x in (batch.samples, batch.ends))
+    shown = assign(batch, old, config, lambda adv, where: adv, ends).shown
     end = ends.v_high * (batch.truncated & config.bootstrap)            # [B]
-    spread = {"HAE action": (raw.adv_action, batch.mask), "HAE subgoal": (raw.adv_subgoal, batch.switch & batch.mask),
-              "HAE switch, critic": (raw.adv_switch, batch.mask & (torch.arange(batch.mask.shape[1]) > 0))}
+    spread = {"HAE action": (shown["A_action"], batch.mask), "HAE subgoal": (shown["A_subgoal"], batch.switch & batch.mask),
+              "HAE switch, critic": (shown["A_switch"], batch.mask & (torch.arange(batch.mask.shape[1]) > 0))}
     for lam in sorted({1.0, 0.95, config.lam_low}, reverse=True):
         for name in ("v_high", "v_switch"):
             adv, _ = gae(batch.rewards, batch.mask, batch.grid(getattr(old, name)), gamma=config.gamma, lam=lam, end_value=end)

@@ -29,6 +29,7 @@ import hiper
 import rollout
 import train
 from config import Config, read_config
+from credit import DECISIONS, assign
 from rollout import Episode, Style, Turn, batch_of, score
 
 ROOT = Path(__file__).parent.parent
@@ -92,6 +93,17 @@ def same(ours, theirs):
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def credit_of(batch, old, ends, config, accelerator, advantages=None):
+    """-> (hae.HAE, the three advantages [B, T] as tokens get them, Credit). advantages: given ones instead of normalised ones."""
+    truncated = batch.truncated & config.bootstrap
+    raw = hae.hae(batch.rewards, batch.switch, batch.mask, *(batch.grid(v) for v in old[2:]), gamma=config.gamma, lam_low=config.lam_low,
+                  lam_high=config.lam_high, end_high=ends.v_high * truncated, end_low=ends.v_low * truncated)
+    normal, given, used = train.whitener(accelerator), iter(advantages or ()), []
+    credit = assign(batch, old, config, lambda *x: used.append(next(given) if advantages else normal(*x)) or used[-1], ends)
+    assert all(torch.equal(credit.shown[f"A_{name}"], getattr(raw, f"adv_{name}")) for name in DECISIONS)
+    return raw, tuple(used), credit
+
+
 def learn(policy, tokenizer, episodes, accelerator, *, advantages=None, actor_learns=True, optimizer=None, shift=0.0, reference=None,
           **changes):
     """Score, credit, update a copy -> (metrics, its weights, (batch, old, ref, raw, advantages)). shift: added to the old log-probs."""
@@ -100,9 +112,8 @@ def learn(policy, tokenizer, episodes, accelerator, *, advantages=None, actor_le
     old, ends = score(policy, batch.samples), score(policy, batch.ends, parts=("values",))
     old = old._replace(logp=old.logp + shift)
     ref = score(reference, batch.samples, parts=("logp",)) if reference else None
-    raw, normal = train.credit(batch, old, ends, config, accelerator)
-    advantages = advantages(batch) if advantages else normal
-    losses = train.update(policy, optimizer(policy) if optimizer else sgd_of(policy), batch, old, ref, raw, advantages, config,
+    raw, advantages, credit = credit_of(batch, old, ends, config, accelerator, advantages and advantages(batch))
+    losses = train.update(policy, optimizer(policy) if optimizer else sgd_of(policy), batch.samples, old, ref, credit, config,
                           accelerator, actor_learns)
     return losses, weights(policy), (batch, old, ref, raw, advantages)
 
@@ -128,7 +139,7 @@ def values_of(batch, seed=0):
 def test_credit_is_hae_normalised_over_the_turns_that_decide(tiny_tokenizer, accelerator):
     batch = batch_of(episodes_of(tiny_tokenizer), tiny_tokenizer)
     old, ends = values_of(batch)
-    raw, advantages = train.credit(batch, old, ends, config_of(), accelerator)
+    raw, advantages, _ = credit_of(batch, old, ends, config_of(), accelerator)
     want = hae.hae(batch.rewards, batch.switch, batch.mask, *(batch.grid(v) for v in old[2:]), gamma=0.9, lam_low=0.8, lam_high=0.7)
     assert all(torch.equal(a, b) for a, b in zip(raw, want))
     decides = [(b, t) for b, t in batch.mask.nonzero().tolist() if t > 0]
@@ -150,14 +161,15 @@ def test_truncation_bootstraps_where_it_is_asked_to(tiny_tokenizer, accelerator,
     rng = random.Random(0)
     batch = batch_of([episode_of(rng, tiny_tokenizer, 2, truncated) for truncated in (False, True)], tiny_tokenizer)
     old, ends = values_of(batch)
-    raw, _ = train.credit(batch, old, ends, config_of(bootstrap=bootstrap), accelerator)
+    *_, credit = credit_of(batch, old, ends, config_of(bootstrap=bootstrap), accelerator)
+    shown, (ret_switch, _) = credit.shown, credit.targets["switch"]
     for b in range(2):
         low, high = (batch.grid(v)[b, 1] for v in (old.v_low, old.v_high))
         end_low, end_high = (v[b] if bootstrap and b else 0.0 for v in (ends.v_low, ends.v_high))
-        assert raw.adv_action[b, 1].item() == pytest.approx((batch.rewards[b, 1] + 0.9 * end_low - low).item(), abs=1e-5)
+        assert shown["A_action"][b, 1].item() == pytest.approx((batch.rewards[b, 1] + 0.9 * end_low - low).item(), abs=1e-5)
         if batch.switch[b, 1]:
-            assert raw.adv_subgoal[b, 1].item() == pytest.approx((batch.rewards[b, 1] + 0.9 * end_high - high).item(), abs=1e-5)
-        assert raw.ret_switch[b, 1].item() == pytest.approx((batch.rewards[b, 1] + 0.9 * end_high).item(), abs=1e-5)
+            assert shown["A_subgoal"][b, 1].item() == pytest.approx((batch.rewards[b, 1] + 0.9 * end_high - high).item(), abs=1e-5)
+        assert batch.grid(ret_switch)[b, 1].item() == pytest.approx((batch.rewards[b, 1] + 0.9 * end_high).item(), abs=1e-5)
 
 
 def test_a_turn_counts_once(tiny_tokenizer, accelerator):
@@ -166,8 +178,8 @@ def test_a_turn_counts_once(tiny_tokenizer, accelerator):
     alone, together = batch_of(episodes[:1], tiny_tokenizer), batch_of(episodes, tiny_tokenizer)
     old, ends = values_of(together)
     first = hiper.Scores(None, None, *(v[:3] for v in old[2:])), hiper.Scores(None, None, *(v[:1] for v in ends[2:]))
-    a, _ = train.credit(alone, *first, config_of(), accelerator)
-    b, _ = train.credit(together, old, ends, config_of(), accelerator)
+    a = credit_of(alone, *first, config_of(), accelerator)[0]
+    b = credit_of(together, old, ends, config_of(), accelerator)[0]
     assert all(torch.allclose(x[0], y[0, :3]) for x, y in zip(a, b))
 
 
@@ -311,8 +323,8 @@ def test_value_clip_is_the_argument(tiny_policy, tiny_tokenizer, accelerator):
     config, batch = config_of(value_clip=0.5), batch_of(episodes_of(tiny_tokenizer), tiny_tokenizer)
     old, ends = score(tiny_policy, batch.samples), score(tiny_policy, batch.ends)
     far = old._replace(v_high=old.v_high + 9, v_low=old.v_low - 9, v_switch=old.v_switch + 9)
-    raw, advantages = train.credit(batch, old, ends, config, accelerator)
-    losses = train.update(copy.deepcopy(tiny_policy), sgd_of(tiny_policy), batch, far, None, raw, advantages, config, accelerator, True)
+    raw, _, credit = credit_of(batch, old, ends, config, accelerator)
+    losses = train.update(copy.deepcopy(tiny_policy), sgd_of(tiny_policy), batch.samples, far, None, credit, config, accelerator, True)
     worse = lambda v, o, y: torch.maximum((v - y) ** 2, (o + (v - o).clamp(-0.5, 0.5) - y) ** 2) / 2
     high, low, switch = (worse(v, o, batch.flat(y)) for v, o, y in zip(old[2:], far[2:], (raw.ret_high, raw.ret_low, raw.ret_switch)))
     want = high[batch.flat(batch.switch)].mean() + low.mean() + switch.mean()
@@ -460,7 +472,8 @@ def test_every_field_is_read_and_explained():
     for field in fields(Config):
         assert field.metadata["help"], field.name
         style = field.name in Style.__dataclass_fields__
-        assert re.search(r"\b(style|config)\.%s\b" % field.name if style else r"\bconfig\.%s\b" % field.name, code), field.name
+        assert re.search(r"\b(style|config)\.%s\b" % field.name if style else r"\bconfig\.%s\b" % field.name, code) \
+            or f"self.{field.name} " in (ROOT / "config.py").read_text(), field.name           # read by a property that others read
     assert Style.__dataclass_fields__.keys() <= {field.name for field in fields(Config)}
 
 

@@ -25,7 +25,7 @@ def knob(default, text):
 @dataclass
 class Config:
     # what
-    env: str = knob("household", "world: household, alfworld, or an importable module of your own (see envs.py)")
+    env: str = knob("household", "world: household, alfworld, webshop, or an importable module of your own (see envs.py)")
     model: str = knob("", "Hugging Face name or path of a causal LM; empty: a tiny Qwen2 from scratch (paper: Qwen2.5-1.5B/7B-Instruct)")
     method: str = knob("hiper", "how credit is given: hiper, ppo, rloo, grpo or gigpo (see credit.py)")
     prompt: str = knob("plan-execute", "plan-execute: switch, subgoal, action; flat: think, action (not for hiper)")

@@ -20,6 +20,10 @@ import hiper
 from rollout import Style, collect, generate
 
 
+PAPER = {"alfworld": "success %, Qwen2.5-1.5B / 7B: PPO 68.2 / 82.8, GRPO 71.1 / 85.4, GiGPO 86.7 / 90.8, HiPER 95.3 / 97.4",
+         "webshop": "success %, Qwen2.5-1.5B / 7B: PPO 51.5 / 68.7, GRPO 56.8 / 66.1, GiGPO 67.4 / 75.2, HiPER 71.4 / 83.3"}
+
+
 def wilson(wins, n, z=1.96):
     """The 95 % interval of a success rate, Wilson's: honest near 0 and 1. -> (low, high)"""
     p, centre = wins / n, wins / n + z * z / (2 * n)
@@ -187,6 +191,10 @@ def main(argv=None):
                 "history": style.history, "checkpoint": "last", **swaps}
     print("protocol: " + ", ".join(f"{k} {v}" for k, v in protocol.items()))
     print(table(result))
+    if result["score"] != result["success"]:
+        print(f"  task score (mean score x 100): {100 * result['score']:.1f}")
+    if config["env"] in PAPER:
+        print(f"  the paper's row, {PAPER[config['env']]}")
     if args.json:
         args.json.write_text(json.dumps({"protocol": protocol, **result, "interval": wilson(
             round(result["success"] * result["episodes"]), result["episodes"])}, indent=1) + os.linesep)

@@ -97,4 +97,4 @@ print(f"speed: {fast:,.0f} steps/s (median of 9 passes, {min(rates):,.0f} to {ma
 played = [oracle(webshop_env.make(split, index))[1:] for split in webshop_env.SPLITS for index in range(webshop_env.size(split))]
 scores, won = zip(*played)
 print(f"oracle buyer: wins {np.mean(won):.2%} of {len(won)} goals, mean score {np.mean(scores):.4f}: the ceiling")
-print(f"webshop: {fast / slow:,.0f} x")
+print(f"webshop: {fast / slow:.0f}x")

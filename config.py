@@ -82,8 +82,8 @@ class Config:
     # start from scratch
     start: str = knob("", "folder `start` of another run, to begin from its clone instead of making one; empty: make one")
     demos: int = knob(1600, "demonstration episodes to clone before training; 0: none")
-    plan_noise: float = knob(0.9, "probability that the demonstrator sets out for any subgoal that one could have")
-    slips: float = knob(0.15, "probability that another action happens than the one the demonstrator shows")
+    plan_noise: float = knob(0.93, "probability that the demonstrator sets out for any subgoal that one could have")
+    slips: float = knob(0.25, "probability that another action happens than the one the demonstrator shows")
     clone_epochs: int = knob(2, "passes over the demonstrations")
     clone_lr: float = knob(2e-3, "learning rate of cloning")
     # reporting
@@ -133,8 +133,10 @@ def check(config):
             raise UserError(f"--{name} must be {' or '.join(map(str, choices))}, not {getattr(config, name)!r}")
     if not re.fullmatch("learned|single|every-turn|fixed:[1-9][0-9]*", config.segments):
         raise UserError(f"--segments must be learned, single, every-turn or fixed:K with K turns, not {config.segments!r}")
-    if config.prompt == "flat" and (config.method == "hiper" or config.segments != "learned"):
-        raise UserError("--prompt flat has no switches: it goes with --method ppo, rloo, grpo or gigpo and --segments learned")
+    if config.prompt == "flat" and config.method == "hiper":
+        raise UserError("--prompt flat has no switches: it goes with --method ppo, rloo, grpo or gigpo")
+    if config.segments != "learned" and config.method != "hiper":
+        raise UserError(f"--segments {config.segments} writes a part of each answer, which only --method hiper can leave out of training")
     if not config.decisions or set(config.decisions.split(",")) - set(DECISIONS):
         raise UserError(f"--decisions must name some of {','.join(DECISIONS)}, not {config.decisions!r}")
     if config.episodes % config.group_size:

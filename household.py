@@ -5,7 +5,8 @@ places. One of ALFWorld's six task families is asked for; only success pays, bef
 at a time.
 
 What differs from ALFWorld, so that a model of half a million parameters can play from a prompt of about forty tokens:
-  1. the observation is one page that sums up the hour, what is here, and all that was seen so far;
+  1. the observation is one page that sums up the hour, what is here, the places seen and not seen, and where things lie that are
+     not here (`Recall mug 1 shelf 2`); what the task is done with is marked `done` and not recalled;
   2. every name is `kind number`, which a tokenizer can keep as one token;
   3. there is no `look`, `inventory` or `examine X`: the page says it all;
   4. `put two mug in shelf` is done wherever on shelves the two lie.
@@ -182,16 +183,17 @@ class Household:
 
     def _page(self):
         """Where I am, what I hold, what I saw where, and where I did not look yet."""
-        name = lambda o: f"{o} {self.state[o]}" if o in self.state else o
-        things = lambda p: ["lamp 1"] * (p == self.lamp) + [*map(name, self._at(p))]
-        held, here = self._held(), self.at
+        done, held, here = self._delivered(), self._held(), self.at
+        state = lambda o: "".join(f" {word}" for word in (self.state.get(o), o in done and "done") if word)
+        lamp = lambda p: ["lamp 1"] * (p == self.lamp)
         at = f"{here or 'the middle'}{' closed' * (here in self.shut)}"
-        around = " ".join(things(here)) if here in self.seen else ""
-        known = ", ".join(" ".join([p, *things(p)]) for p in self.seen if p != here)
+        around = " ".join(lamp(here) + [o + state(o) for o in self._at(here)]) if here in self.seen else ""
+        elsewhere = [p for p in self.seen if p != here]
+        known = ", ".join(f"{o} {p}{state(o)}" for p in elsewhere for o in lamp(p) + [o for o in self._at(p) if o not in done])
         unknown = " ".join(p for p in self.places if p not in self.seen)
         hour = DAY[self.steps * len(DAY) // (self.max_steps + 1)]
-        return (f"{hour}. At {at}: {around or 'nothing'}. Hold {name(held) if held else 'nothing'}. "
-                f"Unseen {unknown or 'nothing'}. Seen {known or 'nothing'}.")
+        return (f"{hour}. At {at}: {around or 'nothing'}. Hold {held + state(held) if held else 'nothing'}. "
+                f"Unseen {unknown or 'nothing'}. Seen {' '.join(elsewhere) or 'nothing'}. Recall {known or 'nothing'}.")
 
     def _info(self):
         return {"task": self.task, "task_type": self.task_type, "admissible": self.admissible(), "won": self.won,

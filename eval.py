@@ -5,7 +5,6 @@ the result. What is evaluated is the last checkpoint's actor, never the best of 
 """
 import argparse
 import json
-import math
 import os
 import random
 import sys
@@ -17,59 +16,12 @@ from transformers.utils import logging
 
 import envs
 import hiper
+from report import summary, table, wilson
 from rollout import Style, collect, generate
 
 
 PAPER = {"alfworld": "success %, Qwen2.5-1.5B / 7B: PPO 68.2 / 82.8, GRPO 71.1 / 85.4, GiGPO 86.7 / 90.8, HiPER 95.3 / 97.4",
          "webshop": "success %, Qwen2.5-1.5B / 7B: PPO 51.5 / 68.7, GRPO 56.8 / 66.1, GiGPO 67.4 / 75.2, HiPER 71.4 / 83.3"}
-
-
-def wilson(wins, n, z=1.96):
-    """The 95 % interval of a success rate, Wilson's: honest near 0 and 1. -> (low, high)"""
-    p, centre = wins / n, wins / n + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
-
-
-def summary(episodes):
-    """What a list of Episode says, as plain numbers; rates from 0 to 1."""
-    turns = [turn for e in episodes for turn in e.turns]
-    by_type = {}
-    for e in episodes:
-        by_type.setdefault(e.task_type, []).append(e.won)
-    segments = sum(turn.opened for turn in turns)
-    return {"episodes": len(episodes), "success": sum(e.won for e in episodes) / len(episodes),
-            "score": sum(e.score for e in episodes) / len(episodes),
-            "success_by_type": {kind: sum(won) / len(won) for kind, won in sorted(by_type.items())},
-            "episodes_by_type": {kind: len(won) for kind, won in sorted(by_type.items())},
-            "turns": len(turns) / len(episodes),
-            "switches": (segments - len(episodes)) / len(episodes),         # per episode, the forced one at turn 0 not counted
-            "segment_length": len(turns) / segments,
-            "switch_rate": (segments - len(episodes)) / max(1, len(turns) - len(episodes)),
-            "valid_format": sum(turn.decision.valid for turn in turns) / len(turns),
-            "truncated": sum(e.truncated for e in episodes) / len(episodes)}
-
-
-def alarm(lines, hierarchical):
-    """A sentence when the last of `lines` (metrics, oldest first) is the first of a collapse, with its likely cause; else None.
-
-    hierarchical: whether the agent decides about its segments itself. Means are over four iterations.
-    """
-    def ills(end):                                                          # what is wrong at iteration `end` - 1
-        mean = lambda key, stop=end: sum(line[key] for line in lines[stop - 4:stop]) / 4
-        if end < 4:
-            return {}
-        best = max(mean("success", stop) for stop in range(4, end + 1))
-        return {"hardly ever switches: one subgoal serves all, and the planner no longer plans; try --switch_advantage gain, or "
-                "--keep_penalty": hierarchical and mean("switch_rate") < 0.02,
-                "switches at almost every turn: segments are single turns, and the boundary bootstrap is all there is; see the high head's "
-                "explained_variance, try a smaller --lr": hierarchical and mean("switch_rate") > 0.95,
-                "writes ever more unreadable answers: raise --invalid_penalty or --kl_rest": mean("valid_format") < 0.8,
-                "has lost 20 points of success since its best: the policy moved too far; try a smaller --lr or a larger --kl":
-                    mean("success") < best - 0.2}
-    before = ills(len(lines) - 1)
-    new = [text for text, ill in ills(len(lines)).items() if ill and not before.get(text)]
-    return f"iteration {lines[-1]['iteration']}: the agent " + "; and ".join(new) if new else None
 
 
 def evaluate(actor, tokenizer, runner, tasks, *, temperature, slots, style, seed=0, progress=None, **players):
@@ -130,16 +82,6 @@ def read_swaps(given, config, info):
     if swaps.get("planner") == "random" and not info.get("subgoals"):
         raise ValueError(f"--swap planner=random needs a world that lists its subgoals, and {config['env']} does not")
     return swaps
-
-
-def table(result):
-    """A summary as lines of text."""
-    rows = [(kind, result["success_by_type"][kind], n) for kind, n in result["episodes_by_type"].items()]
-    lines = []
-    for kind, rate, n in rows + [("all", result["success"], result["episodes"])]:
-        low, high = wilson(round(rate * n), n)
-        lines.append(f"  {kind:34s} {100 * rate:5.1f} %   [{100 * low:5.1f}, {100 * high:5.1f}]   {n:4d} episodes")
-    return "\n".join(lines)
 
 
 def main(argv=None):

@@ -12,10 +12,12 @@ Every iteration seeds itself from (seed, iteration, rank): a run that was stoppe
 import errno
 import json
 import math
+import pickle
 import random
 import shutil
 import sys
 import time
+import zipfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -29,11 +31,13 @@ from transformers.utils import logging
 
 import envs
 import hiper
+import plan
 import scratch
 from config import UserError, check, open_out, read_config
-from eval import alarm, evaluate, fail, summary, table
+from eval import evaluate, fail
 from credit import assign, needs_keep
 from hae import normalize
+from report import alarm, picture, summary, table, tell
 from rollout import batch_of, collect, kept, micro_batches, score
 
 
@@ -211,56 +215,34 @@ def save(out, policy, tokenizer, optimizer, iteration, log):
         raise OSError(errno.ENOSPC, str(error)) from None
     shutil.rmtree(out / "actor", ignore_errors=True)
     temporary.rename(out / "actor")
+    if (out / "checkpoint.pt").exists():
+        (out / "checkpoint.pt").replace(out / "checkpoint.old.pt")
     (out / "checkpoint.tmp").replace(out / "checkpoint.pt")
     write_log(out, log)
     picture(out, log)
+
+
+def load(out, device):
+    """The last checkpoint that can be read, or None where none was written. UserError where all are damaged."""
+    damaged = []
+    for path in (out / "checkpoint.pt", out / "checkpoint.old.pt"):
+        if not path.exists():
+            continue
+        try:
+            if zipfile.is_zipfile(path):                                    # or torch tries older formats on it
+                return torch.load(path, map_location=device, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError):            # of torch where bytes were altered
+            pass
+        damaged.append(path)
+        tqdm.write(f"warning: {path} is damaged: looking for the one before")
+    if damaged:
+        raise UserError(f"no checkpoint of {out} can be read: give another --out, or remove {' and '.join(map(str, damaged))} to begin anew")
 
 
 def write_log(out, log):
     for name, part in {"metrics.jsonl": "lines", "evals.jsonl": "evals"}.items():
         (out / "log.tmp").write_text("".join(json.dumps(line) + "\n" for line in log[part]))
         (out / "log.tmp").replace(out / name)
-
-
-def picture(out, log):
-    """The learning curve: success on the training tasks as they come, and on the evaluation split before and after."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    lines = log["lines"]
-    x = [line["iteration"] for line in lines]
-    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(7, 6), height_ratios=(2, 1), layout="constrained")
-    above.plot(x, [100 * line["success"] for line in lines], ".-", color="tab:blue", label="train, as played (temperature of training)")
-    evals = log["evals"]
-    if evals:
-        above.errorbar([e["iteration"] for e in evals], [100 * e["success"] for e in evals], fmt="o", color="tab:red",
-                       yerr=[196 * math.sqrt(e["success"] * (1 - e["success"]) / e["episodes"]) for e in evals], capsize=3,
-                       label=f"{evals[0]['split']}, {evals[0]['episodes']} tasks, temperature {evals[0]['temperature']}")
-    above.set(ylim=(0, 100), ylabel="success %")
-    above.legend(loc="lower right", frameon=False)
-    below.plot(x, [line["switches"] for line in lines], ".-", color="tab:green", label="switches per episode")
-    below.plot(x, [line["turns"] for line in lines], ".-", color="tab:gray", label="turns per episode")
-    below.set(xlabel="iteration", ylim=(0, None))
-    below.legend(frameon=False)
-    figure.savefig(out / "curve.png", dpi=120)
-    plt.close(figure)
-
-
-def tell(episode, shown):
-    """One episode in full text with its segments and advantages (name -> [T]): collapse shows here first."""
-    lines = [f"task {episode.index} ({episode.task_type}): {episode.task} -> {'won' if episode.won else 'lost'}"]
-    for t, turn in enumerate(episode.turns):
-        says = {name: f"{name} {adv[t]:+.2f}" for name, adv in shown.items()}
-        planned = says.pop("A_subgoal", "")
-        if turn.opened and planned:
-            lines.append(f"  -- {turn.subgoal or '(no subgoal)'}   {planned}")
-        error = f"   ! {turn.decision.error}" if turn.decision.error else ""
-        lines.append(f"     {turn.observation}")
-        lines.append(f"     > {turn.decision.action}   {'  '.join(says.values())}{error}")
-    return "\n".join(lines)
 
 
 # ---- the run ----------------------------------------------------------------------------------------------------------
@@ -272,8 +254,8 @@ def run(config, accelerator, out):
     with envs.Runner(config.env, module.SPLITS[0], config.env_workers) as runner:
         policy, tokenizer, reference = build(config, out, runner, accelerator)
         optimizer, first, log = optimizer_of(policy, config), 0, {"lines": [], "evals": []}
-        if (out / "checkpoint.pt").exists():
-            saved = torch.load(out / "checkpoint.pt", map_location=accelerator.device, weights_only=True)
+        saved = load(out, accelerator.device)
+        if saved:
             policy.load_state_dict(saved["policy"])
             optimizer.load_state_dict(saved["optimizer"])
             first, log = saved["iteration"], saved["log"]
@@ -316,12 +298,16 @@ def run(config, accelerator, out):
 
 
 def main(argv=None):
+    words = sys.argv[1:] if argv is None else argv
     try:
-        config = read_config(sys.argv[1:] if argv is None else argv)
+        config = read_config([word for word in words if word != "--plan"])
+        if "--plan" in words:
+            return plan.show(config)
         check(config)
         accelerator = Accelerator(cpu=config.cpu, mixed_precision="bf16" if torch.cuda.is_available() and not config.cpu else "no")
-        if config.episodes < accelerator.num_processes:
-            raise UserError(f"--episodes {config.episodes} leaves some of the {accelerator.num_processes} processes without one")
+        if config.episodes // config.group_size < accelerator.num_processes:
+            raise UserError(f"--episodes {config.episodes} in groups of {config.group_size} leave some of the "
+                            f"{accelerator.num_processes} processes without one")
         out = Path(config.out)
         if accelerator.is_main_process:
             open_out(out, config)

@@ -114,10 +114,10 @@ def main():
     parser.add_argument("--quick", action="store_true", help="one seed of four methods, 25 iterations")
     parser.add_argument("--show", action="store_true", help="run nothing")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at once, each on one thread")
-    parser.add_argument("--iterations", type=int, help="default: 40, with --quick 25")
+    parser.add_argument("--iterations", type=int, help="default: 36, with --quick 25")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "ablation", help="where the runs stand")
     args = parser.parse_args()
-    grid, iterations = (QUICK, args.iterations or 25) if args.quick else (FULL, args.iterations or 40)
+    grid, iterations = (QUICK, args.iterations or 25) if args.quick else (FULL, args.iterations or 36)
     file = RESULTS / ("ablation-quick.jsonl" if args.quick else "ablation.jsonl")
     RESULTS.mkdir(parents=True, exist_ok=True)
     read = lambda: [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []

@@ -11,6 +11,7 @@ import envs
 import eval as evaluation
 import hiper
 import household
+import report
 import scratch
 from config import Config
 from credit import assign, gigpo, grpo, relative, returns, rloo
@@ -226,7 +227,7 @@ def lines(success, switch_rate=0.3, valid=1.0):
 
 
 def test_alarm_names_a_collapse_once_when_it_begins():
-    alarm = evaluation.alarm
+    alarm = report.alarm
     assert alarm(lines([0.5] * 9), True) is None and alarm(lines([0.5] * 3, 0.0), True) is None
     assert "hardly ever switches" in alarm(lines([0.5] * 4, 0.0), True)
     assert alarm(lines([0.5] * 5, 0.0), True) is None                   # it has been said

@@ -1,5 +1,8 @@
 """What the README says is so: its world runs, its files and configurations exist."""
+import dataclasses
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,8 +41,32 @@ def test_configurations_are_read(path):
     assert read.seed == 3 and read.env == "alfworld"
 
 
-def test_functions_of_the_equation_table_exist():
-    import hae
-    import hiper
-    for module, name in re.findall(r"`(hae|hiper)\.(?!py`)(\w+)`", README):
-        assert hasattr({"hae": hae, "hiper": hiper}[module], name), name
+EQUATIONS = re.findall(r"^\| [^|]+ \| ((?:`[\w.]+`(?:, )?)+) \| `(.+?)` \| `(test_\w+)` \|$", README, re.M)
+
+
+def test_the_equation_table_names_lines_and_tests_that_are_there():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(EQUATIONS) >= 14
+    for functions, line, test in EQUATIONS:
+        for module, name in re.findall(r"`(\w+)\.(\w+)`", functions):
+            assert f"def {name}(" in (ROOT / f"{module}.py").read_text(), name
+        assert line in (ROOT / f"{module}.py").read_text(), line
+        assert f"def {test}(" in tests, test
+
+
+def test_other_tests_named_are_there():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", README):
+        assert f"def {name}(" in tests, name
+
+
+def test_the_worked_example_is_what_hae_prints():
+    table, = re.findall(r"```text\n(turn  segment.*?)```", README, re.S)
+    assert subprocess.run([sys.executable, "hae.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout == table
+
+
+def test_flags_named_exist():
+    fields = {field.name for field in dataclasses.fields(config.Config)}
+    own = {"swap", "split", "episodes", "greedy", "json", "quick", "run", "help"}                # eval's and the benchmarks'
+    for flag in re.findall(r"--([a-z_]+)", README):
+        assert flag in fields | own, flag

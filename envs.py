@@ -27,8 +27,12 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
+import time
+import warnings
 
 WORLDS = {"household": "household", "alfworld": "alfworld_env", "webshop": "webshop_env"}       # name -> module
+LIMIT = 120.0                                   # seconds that a worker process may take over one answer before it is killed
 
 
 def world(name):
@@ -60,24 +64,42 @@ class Runner:
 
     slots: ints, as many as you like. Worlds with IN_PROCESS live here, others in `workers` processes of their own
     (slot s in process s % workers), which answer side by side.
+
+    A process that dies, or takes longer than LIMIT over an answer, is replaced and its episodes are lost: until their slots are
+    reset, `step` says so (see `_lost`) and `expert` says None.
     """
 
     def __init__(self, name, split="train", workers=0, **options):
         self.name, self.split, self.options, self.envs = name, split, options, {}
         in_process = getattr(world(name), "IN_PROCESS", True)
         self.workers = [] if in_process else [_Worker(name, split, options) for _ in range(workers or os.cpu_count() or 1)]
+        self.homes = {}                                                 # slot -> the worker, alive or not, that holds its env
 
     def reset(self, tasks):
-        """tasks: {slot: task index} -> {slot: (observation, info)}"""
-        return self._each("_reset", tasks)
+        """tasks: {slot: task index} -> {slot: (observation, info)}; RuntimeError for a task at which two processes were lost"""
+        answers, culprits = self._each("_reset", tasks), set()
+        while left := {slot: index for slot, index in tasks.items() if slot not in answers}:
+            for slot, index in left.items():
+                if self.homes[slot].culprit == slot:
+                    if slot in culprits:
+                        raise RuntimeError(self.twice(index, self.homes[slot].why))
+                    culprits.add(slot)
+            answers.update(self._each("_reset", left))
+        return {slot: answers[slot] for slot in tasks}
 
     def step(self, actions):
         """actions: {slot: action} -> {slot: (observation, reward, terminated, truncated, info)}"""
-        return self._each("_step", actions)
+        answers = self._each("_step", actions)
+        return {slot: answers[slot] if slot in answers else self._lost(slot) for slot in actions}
 
     def expert(self, subgoals):
         """subgoals: {slot: carried subgoal} -> {slot: (switch, subgoal, action) or None}"""
-        return self._each("_expert", subgoals)
+        answers = self._each("_expert", subgoals)
+        return {slot: answers.get(slot) for slot in subgoals}
+
+    def twice(self, index, why):
+        """The sentence for a task that ended two processes."""
+        return f"task {index} of {self.name}'s split {self.split!r} failed twice: its environment process {why}"
 
     def close(self):
         for env in self.envs.values():
@@ -93,18 +115,36 @@ class Runner:
         self.close()
 
     def _each(self, method, arguments):
+        """{slot: answer} without the lost slots, in the order of `arguments`, which must not depend on the number of workers."""
         if not self.workers:
             return {slot: getattr(self, method)(slot, argument) for slot, argument in arguments.items()}
-        share = [{s: a for s, a in arguments.items() if s % len(self.workers) == w} for w in range(len(self.workers))]
-        busy = [(worker, part) for worker, part in zip(self.workers, share) if part]
-        for worker, part in busy:                                       # all start before the first is waited for
-            worker.send((method, part))
-        parts = [worker.receive() for worker, _ in busy]                # all are read before one is raised: none stays behind
-        for part in parts:
-            if isinstance(part, Exception):
-                raise part
-        answers = {slot: answer for part in parts for slot, answer in part.items()}
-        return {slot: answers[slot] for slot in arguments}              # the order of the rows must not depend on `workers`
+        shares = {worker: {} for worker in self.workers}
+        for slot, argument in arguments.items():
+            worker = self.workers[slot % len(self.workers)]
+            if method == "_reset":
+                self.homes[slot] = worker
+            if self.homes.setdefault(slot, worker) is worker:
+                shares[worker][slot] = argument
+        for worker, share in shares.items():                            # all start before the first is waited for
+            worker.send(method, share)
+        answers = {}
+        for worker, share in shares.items():                            # all are read before one is raised: none stays behind
+            answers.update(worker.receive(share))
+        for place, worker in enumerate(self.workers):
+            if worker.why:
+                warnings.warn(f"an environment process of {self.name} {worker.why}; its episodes are lost, another process takes over")
+                self.workers[place] = _Worker(self.name, self.split, self.options)
+        for answer in answers.values():
+            if isinstance(answer, Exception):
+                raise answer
+        return {slot: answers[slot] for slot in arguments if slot in answers}
+
+    def _lost(self, slot):
+        """The outcome of a step that no process answers: a truncated episode of which nothing is known. Its info has `lost`, what
+        became of the process, and `culprit`: whether that happened over this slot, not over another one of the same process."""
+        worker = self.homes[slot]
+        info = {"task": "", "task_type": "", "admissible": [], "won": False, "score": 0.0, "progress": 0.0}
+        return "", 0.0, False, True, {**info, "lost": worker.why, "culprit": worker.culprit == slot}
 
     def _reset(self, slot, index):
         if slot in self.envs:
@@ -127,29 +167,57 @@ class _Worker:
         command = [sys.executable, "-c", "import envs; envs._serve()"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         env={**os.environ, "PYTHONPATH": path})
-        self.send(runner)
+        self.why = self.culprit = None                                  # once it is lost: what happened, over which slot
+        self._write(runner)
 
-    def send(self, message):
-        with contextlib.suppress(OSError):                              # it died: `receive` will say so
-            pickle.dump(message, self.process.stdin)
-            self.process.stdin.flush()
+    def send(self, method, share):
+        """Ask for every slot of `share`, {slot: argument}; nothing if there is none."""
+        if share:
+            self._write((method, share))
 
-    def receive(self):
-        """The answer, or the exception in its stead."""
-        try:
-            return pickle.load(self.process.stdout)
-        except (EOFError, pickle.UnpicklingError):
-            return RuntimeError(f"an environment process died (exit {self.process.wait()}): its message is above")
+    def receive(self, share):
+        """{slot: answer, or the exception in its stead}; only the first ones where the process is lost over the next."""
+        answers = {}
+        for slot in share:
+            start = time.monotonic()
+            try:
+                with self._limit():
+                    answers[slot] = pickle.load(self.process.stdout)
+            except (EOFError, pickle.UnpicklingError):
+                late = time.monotonic() - start >= LIMIT
+                self.close()
+                self.culprit = slot
+                self.why = f"did not answer within {LIMIT:g} s" if late else f"died (exit {self.process.returncode})"
+                break
+        return answers
 
     def close(self):
         with contextlib.suppress(OSError):
             self.process.stdin.close()                                  # `_serve` ends at that
         self.process.stdout.close()
-        self.process.wait()
+        with self._limit():
+            self.process.wait()
+
+    def _write(self, message):
+        with contextlib.suppress(OSError), self._limit():               # it died: `receive` will notice
+            pickle.dump(message, self.process.stdin)
+            self.process.stdin.flush()
+
+    @contextlib.contextmanager
+    def _limit(self):
+        """Kills the process LIMIT seconds after the start of the block, which then ends too, for all its pipes are closed."""
+        timer = threading.Timer(LIMIT, self.process.kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 def _serve():
-    """A worker's life: read (method, arguments), answer, until the pipe closes. Whatever the engine prints goes to stderr."""
+    """A worker's life: read (method, {slot: argument}), answer slot by slot, until the pipe closes. What the engine prints goes to
+    stderr."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     name, split, options = pickle.load(requests)
@@ -160,12 +228,13 @@ def _serve():
             method, arguments = pickle.load(requests)
         except EOFError:
             return runner.close()
-        try:
-            answer = pickle.dumps(runner._each(method, arguments))
-        except Exception as error:                                      # goes back to the caller, in his process
-            answer = _pickled(error)
-        answers.write(answer)
-        answers.flush()
+        for slot, argument in arguments.items():
+            try:
+                answer = pickle.dumps(getattr(runner, method)(slot, argument))
+            except Exception as error:                                  # goes back to the caller, in his process
+                answer = _pickled(error)
+            answers.write(answer)
+            answers.flush()
 
 
 def _pickled(error):

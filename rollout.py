@@ -12,7 +12,7 @@ so that in the first PPO step the ratio is 1 (generation itself agrees to 1e-4 i
 
 B episodes, T turns of the longest, N turns in all, L response tokens, P prompt tokens.
 """
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,7 @@ class Episode:
     score: float
     truncated: bool         # cut off by the step limit; otherwise the task itself ended
     end_prompt: list        # prompt ids of the state after the last turn: what a truncated episode bootstraps from
+    lost: int = 0           # times it was begun and lost with its environment process; nothing of these is in `turns`
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,9 @@ def collect(actor, tokenizer, runner, tasks, *, slots, temperature, style=Style(
 
     slots: episodes in play at once. progress: called with each Episode as it ends. planner({slot: Seat}, prompts) -> the text each
     response begins with, executor({slot: Seat}, prompts, decisions) -> the action each does: who plays these parts in the agent's stead.
+    An episode lost with its environment process begins anew; RuntimeError for a task that ends a second process.
     """
-    queue, seats, done = deque(enumerate(tasks)), {}, {}
+    queue, seats, done, lost, culprits = deque(enumerate(tasks)), {}, {}, Counter(), set()
     planner = planner or (lambda playing, prompts: [seat.prefix() for seat in playing.values()])
     while queue or seats:
         fresh = {slot: queue.popleft() for slot in range(slots) if slot not in seats and queue}        # refill at once
@@ -180,14 +182,22 @@ def collect(actor, tokenizer, runner, tasks, *, slots, temperature, style=Style(
         decisions = [parse(hiper.response_text(r, tokenizer)) for r in responses]
         actions = executor(playing, prompts, decisions) if executor else [d.action for d in decisions]
         outcomes = runner.step(dict(zip(order, actions)))
+        for slot in [slot for slot in order if "lost" in outcomes[slot][-1]]:
+            (place, seat), info = seats.pop(slot), outcomes[slot][-1]
+            if info["culprit"]:
+                if place in culprits:
+                    raise RuntimeError(runner.twice(seat.index, info["lost"]))
+                culprits.add(place)
+            lost[place] += 1
+            queue.appendleft((place, seat.index))
         ended = [slot for slot, *turn in zip(order, prompts, responses, decisions)
-                 if seats[slot][1].answer(*turn, outcomes[slot])]
+                 if slot in seats and seats[slot][1].answer(*turn, outcomes[slot])]
         if ended:
             ends = prompts_of([seats[slot][1] for slot in ended], tokenizer)
         for slot, end_prompt in zip(ended, ends if ended else ()):
             place, seat = seats.pop(slot)
             done[place] = Episode(seat.index, seat.task, seat.task_type, seat.turns, seat.info["won"], seat.info["score"],
-                                  seat.truncated, end_prompt)
+                                  seat.truncated, end_prompt, lost[place])
             if progress:
                 progress(done[place])
     return [done[place] for place in sorted(done)]

@@ -57,7 +57,8 @@ def build(config, out, runner, accelerator):
     torch.manual_seed(config.seed)
     policy = hiper.ActorCritic(load(torch.float32), config.critic if config.critical else "shared", config.temperature).to(accelerator.device)
     if config.gradient_checkpointing:
-        policy.actor.gradient_checkpointing_enable()
+        for backbone in filter(None, (policy.actor, policy.critic)):
+            backbone.gradient_checkpointing_enable()
     if not config.model:
         policy.heads.load_state_dict(torch.load(start / "heads.pt", map_location=accelerator.device, weights_only=True))
     half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
@@ -103,6 +104,14 @@ def whitener(accelerator):
     return whiten
 
 
+def checkpointing(policy, on):
+    """HF recomputes the activations of layers in training mode only. The modules below them stay out of it (no dropout), and so does
+    generation, which would lose its cache."""
+    for module in policy.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = on
+
+
 def update(policy, optimizer, samples, old, ref, credit, config, accelerator, actor_learns):
     """PPO on one iteration's turns -> mean losses and diagnostics, as floats over all processes."""
     device, trained, heads = accelerator.device, credit.trained, credit.targets
@@ -111,6 +120,7 @@ def update(policy, optimizer, samples, old, ref, credit, config, accelerator, ac
     sizes = [len(p) + len(r) for p, r in zip(samples.prompts, samples.responses)]
     turns = accelerator.reduce(torch.tensor(len(sizes), device=device), "sum").item()
     total = defaultdict(float)
+    checkpointing(policy, True)
     for _ in range(config.epochs):
         for rows in torch.randperm(len(sizes)).tensor_split(math.ceil(turns / config.minibatch)):
             counts = torch.stack([trained[rows].sum(), spoken[rows].sum(), *(where[rows].sum() for _, where in heads.values())])
@@ -135,6 +145,7 @@ def update(policy, optimizer, samples, old, ref, credit, config, accelerator, ac
                                 "entropy": (new.entropy * learns).sum() / n_trained}.items():
                     total[name] += float(x.detach()) / config.epochs / math.ceil(turns / config.minibatch)
             step(policy, optimizer, config, accelerator, actor_learns)
+    checkpointing(policy, False)
     names = list(total)
     sums = accelerator.reduce(torch.tensor([total[k] for k in names], device=device), "sum").tolist()
     return dict(zip(names, sums))

@@ -1,12 +1,14 @@
 """ALFWorld: the adapter on real games, and its errors on made-up ones.
 
 What plays a game needs ALFWORLD_DATA and textworld and is skipped without them; the rest always runs."""
+import functools
 import importlib.util
 import json
 import os
 import random
 import re
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,45 @@ def test_argv_and_stdout_are_left_alone(env, capfd, monkeypatch):
     env.reset()
     assert sys.argv == ["train.py", "--seed", "1"]
     assert capfd.readouterr().out == ""
+
+
+# --- what the engine remembers ---------------------------------------------------------------------------------------
+
+@plays
+def test_remembering_changes_nothing(monkeypatch):
+    """Random walks in two games side by side: every observation and action list is what textworld's own engine says."""
+    from textworld.envs.pddl import PddlEnv
+
+    def walk():
+        monkeypatch.setattr(alfworld_env, "_idle", [])
+        rng, envs = random.Random(3), [make("valid_unseen", 0), make("valid_unseen", 100)]
+        seen = [env.reset() for env in envs]
+        for _ in range(20):
+            for env in envs:
+                action = rng.choice([*seen[-2][-1]["admissible"], "dance"])
+                seen.append((action, *env.step(action)))
+        return seen
+
+    ours = walk()
+    monkeypatch.setattr(alfworld_env, "_engine_class", lambda: PddlEnv)
+    assert walk() == ours
+    assert len({action.split()[0] for action, *_ in ours[2:]}) > 3
+
+
+@plays
+def test_a_game_is_translated_once_and_textworld_left_as_it_is(monkeypatch):
+    import fast_downward
+    from textworld.envs.pddl import textgen
+    calls, translate = [], fast_downward.pddl2sas
+    monkeypatch.setattr(fast_downward, "pddl2sas", lambda *args, **kwargs: calls.append(args) or translate(*args, **kwargs))
+    monkeypatch.setattr(alfworld_env, "_idle", [])
+    monkeypatch.setattr(alfworld_env, "_engine_class", functools.lru_cache(alfworld_env._engine_class.__wrapped__))
+    before = [vars(place).copy() for place in (fast_downward, textgen, textgen.Rule)]
+    one, other = make("valid_seen", 3), make("valid_seen", 3)
+    pages = [one.reset(), one.reset(), other.reset()]
+    assert one.step("look") == other.step("look") and pages == [pages[0]] * 3
+    assert len(calls) == 1
+    assert [dict(vars(place)) for place in (fast_downward, textgen, textgen.Rule)] == before
 
 
 # --- the expert ------------------------------------------------------------------------------------------------------
@@ -235,6 +276,16 @@ def test_missing_package_says_how_to_install_it(folder, monkeypatch):
     monkeypatch.setattr(alfworld_env, "_idle", [])
     with pytest.raises(RuntimeError, match="pip install -r requirements-alfworld.txt"):
         AlfworldEnv(write(folder)).reset()
+
+
+def test_a_failed_build_says_how_to_install_it(folder, monkeypatch):
+    for error in (OSError("libdownward.so: cannot open"), RuntimeError("Can't find: libdownward.so"), ImportError("fast_downward")):
+        monkeypatch.setattr(alfworld_env, "_engine_class", lambda: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(alfworld_env, "_idle", [])
+        monkeypatch.setitem(sys.modules, "textworld", types.SimpleNamespace(EnvInfos=dict))
+        monkeypatch.setattr(sys, "version_info", (3, 12, 0))
+        with pytest.raises(RuntimeError, match=f"PDDL engine .{re.escape(str(error))}.: pip install -r requirements-alfworld.txt$"):
+            AlfworldEnv(write(folder, trial=type(error).__name__)).reset()
 
 
 def test_python_too_new_is_said(folder, monkeypatch):

@@ -60,6 +60,7 @@ class Corridor:
 
 FAR = '''"""The corridor with an engine of the worst manners, for worker processes."""
 import os
+import time
 import corridor
 from corridor import SPLITS, size
 
@@ -77,6 +78,8 @@ class Far(corridor.Corridor):
         os.system("echo and starts shells")
         if action == "die":
             os._exit(3)
+        if action == "hang":
+            time.sleep(600)
         if action == "odd":
             raise Odd(1, 2)
         if action == "unpicklable":
@@ -93,6 +96,11 @@ class Far(corridor.Corridor):
 
 def make(split="train", index=0, max_steps=20):
     env = corridor.make(split, index, max_steps)
+    lives = os.environ.get(f"LIVES_{index}")    # a file with a letter for each process that dies over this task
+    if lives and open(lives).read():
+        with open(lives, "r+") as file:
+            file.truncate(len(file.read()) - 1)
+        os._exit(5)
     return Far(env.length, env.max_steps)
 '''
 
@@ -398,13 +406,75 @@ def test_a_failed_reset_leaves_the_slot_empty(write, corridor):
             runner.reset({0: 99})
 
 
-def test_a_dead_worker_is_an_error_each_time(far):
+@pytest.fixture
+def processes(monkeypatch):
+    """All worker processes that the test starts; at its end none may run."""
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: started.append(popen(*args, **kwargs)) or started[-1])
+    yield started
+    assert all(process.poll() is not None for process in started), "a process is left behind"
+
+
+@pytest.mark.parametrize("action, why", [("die", "died (exit 3)"), ("hang", "did not answer within 1 s")])
+def test_a_worker_that_dies_or_hangs_is_replaced_and_its_episodes_are_lost(far, processes, monkeypatch, action, why):
+    lost = {"task": "", "task_type": "", "admissible": [], "won": False, "score": 0.0, "progress": 0.0, "lost": why}
     with envs.Runner(far, workers=2) as runner:
+        runner.reset({slot: 4 for slot in range(5)})
+        runner.step({2: "east"})
+        with monkeypatch.context() as patch, pytest.warns(UserWarning, match=f"of far {re.escape(why)}; its episodes are lost"):
+            patch.setattr(envs, "LIMIT", 1.0)
+            outcomes = runner.step({1: "east", 0: "east", 2: action, 4: "east"})
+        assert list(outcomes) == [1, 0, 2, 4]
+        assert [outcomes[slot][0] for slot in (0, 1)] == ["You are at 1 of 5."] * 2     # answered before, and elsewhere
+        assert outcomes[2] == ("", 0.0, False, True, {**lost, "culprit": True})
+        assert outcomes[4] == ("", 0.0, False, True, {**lost, "culprit": False})
+        for _ in range(2):                                          # lost until they are reset, and so are those not asked then
+            again = runner.step({slot: "east" for slot in (4, 3, 0)})
+            assert [again[slot][-1].get("lost") for slot in again] == [why, None, why] and not again[0][-1]["culprit"]
+            assert runner.expert({0: "", 1: ""}) == {0: None, 1: (True, "get there", "east")}
+        runner.reset({2: 0, 0: 4})
+        assert runner.step({2: "east", 0: "east", 1: "east"})[2][1] == 1.0
+        assert runner.step({0: "east", 1: "east", 4: "east"})[0][0] == "You are at 2 of 5."
+        assert [process.poll() for process in processes] == [3 if action == "die" else -9, None, None]
+    assert [process.poll() for process in processes[1:]] == [0, 0]
+
+
+def test_a_reset_that_ends_its_process_is_tried_once_more(far, processes, tmp_path, monkeypatch):
+    for index, lives in enumerate(["x", "x", "xx"]):
+        (tmp_path / str(index)).write_text(lives)
+        monkeypatch.setenv(f"LIVES_{index}", str(tmp_path / str(index)))
+    with envs.Runner(far, workers=1) as runner, pytest.warns(UserWarning, match="died .exit 5."):
+        pages = [page for page, _ in runner.reset({3: 4, 0: 0, 1: 1, 2: 3}).values()]   # two tasks, each with one process
+        assert pages == [f"You are at 0 of {length}." for length in (5, 1, 2, 4)] and len(processes) == 3
+        assert runner.step({2: "east"})[2][0] == "You are at 1 of 4."
+        with pytest.raises(RuntimeError, match="^task 2 of far's split 'train' failed twice: its environment process died .exit 5.$"):
+            runner.reset({0: 2})
+        assert runner.reset({0: 2})[0][0] == "You are at 0 of 3."   # it has no lives left to take
+
+
+def test_a_worker_that_dies_between_two_questions(far, processes):
+    with envs.Runner(far, workers=1) as runner, pytest.warns(UserWarning, match="died .exit -9."):
+        runner.reset({0: 0})
+        processes[0].kill()
+        processes[0].wait()
+        assert runner.expert({0: ""}) == {0: None} and runner.step({0: "east"})[0][-1]["lost"]
+        runner.reset({0: 0})
+        assert runner.step({0: "east"})[0][1] == 1.0
+
+
+def test_an_error_is_raised_also_where_another_process_is_lost(far, processes):
+    with envs.Runner(far, workers=2) as runner, pytest.warns(UserWarning):
         runner.reset({0: 0, 1: 4})
-        for _ in range(3):
-            with pytest.raises(RuntimeError, match="environment process died .exit 3."):
-                runner.step({0: "die"})
-        assert runner.step({1: "east"})[1][0] == "You are at 1 of 5."
+        with pytest.raises(RuntimeError, match="1 and 2"):
+            runner.step({0: "die", 1: "odd"})
+        assert runner.step({0: "east", 1: "east"})[0][-1]["lost"]
+
+
+def test_closing_does_not_wait_for_ever(write, corridor, processes, monkeypatch):
+    write("stubborn", CORRIDOR.replace("pass", "import time; time.sleep(600)") + "IN_PROCESS = False\n")
+    with envs.Runner("stubborn", workers=1) as runner:
+        runner.reset({0: 0})
+        monkeypatch.setattr(envs, "LIMIT", 0.3)
 
 
 def test_close_closes_envs_and_leaves_no_process(far, tmp_path, monkeypatch):

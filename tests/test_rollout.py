@@ -68,7 +68,7 @@ def play(monkeypatch, tiny_tokenizer):
     """play(tasks, scripts=..., slots=...) -> episodes; play.batches lists what was in each batch that generated."""
     monkeypatch.setitem(sys.modules, "scripted", Scripted)
 
-    def play(tasks, scripts=None, slots=2, style=PLAIN, **kwargs):
+    def play(tasks, scripts=None, slots=2, style=PLAIN, world="scripted", workers=0, **kwargs):
         if scripts:
             monkeypatch.setattr(Scripted, "scripts", scripts)
         play.batches = []
@@ -78,7 +78,7 @@ def play(monkeypatch, tiny_tokenizer):
             play.batches.append([tuple(map(int, page)) for page in pages])
             return [tokenizer(Scripted.scripts[i][t], add_special_tokens=False)["input_ids"] for i, t in play.batches[-1]]
         monkeypatch.setattr(rollout, "generate", generate)
-        with envs.Runner("scripted") as runner:
+        with envs.Runner(world, workers=workers) as runner:
             return collect(None, tiny_tokenizer, runner, tasks, slots=slots, temperature=1.0, style=style, **kwargs)
     return play
 
@@ -202,6 +202,86 @@ def test_a_random_model_s_episodes_are_whole(tiny_actor, tiny_tokenizer):
     for turn in (turn for e in episodes for turn in e.turns):
         assert 1 <= len(turn.response) <= 8
         assert turn.decision == hiper.parse(hiper.response_text(turn.response, tiny_tokenizer))
+
+
+FRAIL = """
+import os, time
+SPLITS, IN_PROCESS = ("train",), False
+size = lambda split: 9
+
+def make(split, index):
+    return Frail(index)
+
+class Frail:                                    # "die 1" ends its process once, "die 2" twice; so does "hang"
+    def __init__(self, index):
+        self.index = index
+
+    def reset(self, seed=None):
+        self.turn, self.won = 0, False
+        return self.page(), self.info()
+
+    def step(self, action):
+        self.turn, self.won = self.turn + 1, action == "win"
+        how, _, lives = action.partition(" ")
+        for life in range(int(lives or 0)):
+            mark = os.path.join(os.environ["MARKS"], f"{self.index}.{life}")
+            if not os.path.exists(mark):
+                open(mark, "w").close()
+                os._exit(3) if how == "die" else time.sleep(600)
+        return self.page(), float(self.won), self.won, False, self.info()
+
+    def close(self):
+        pass
+
+    def page(self):
+        return f"page {self.index}.{self.turn}"
+
+    def info(self):
+        return {"task": f"task {self.index}", "task_type": "", "admissible": [], "won": self.won, "score": float(self.won)}
+"""
+
+
+@pytest.fixture
+def frail(tmp_path, monkeypatch):
+    """A world whose actions end its processes."""
+    (tmp_path / "frail.py").write_text(FRAIL)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("MARKS", str(tmp_path))
+    yield "frail"
+    sys.modules.pop("frail", None)
+
+
+def walk(*actions):
+    return [said(True, "a", action) for action in actions]
+
+
+@pytest.mark.parametrize("action, limit", [("die 1", 120), ("hang 1", 2)])
+def test_episodes_lost_with_their_process_begin_anew(play, frail, monkeypatch, action, limit):
+    monkeypatch.setattr(envs, "LIMIT", limit)
+    scripts = [walk("x", "x", "x", "win"), walk("x", action, "win"), walk("win"), walk("x", "x", "win"), walk("x", "win")]
+    finished = []
+    with pytest.warns(UserWarning, match="its episodes are lost"):
+        episodes = play(range(5), scripts, slots=4, world=frail, workers=2, progress=finished.append)
+    assert [e.index for e in episodes] == [0, 1, 2, 3, 4] and all(e.won for e in episodes)
+    assert [len(e.turns) for e in episodes] == list(map(len, scripts))          # nothing of the lost ones is left
+    assert [turn.observation for turn in episodes[1].turns] == ["page 1.0", "page 1.1", "page 1.2"]
+    assert [e.lost for e in episodes] == [0, 1, 0, 1, 0]                        # slots 1 and 3 shared a process
+    assert len(finished) == 5
+    assert sorted(play.batches[2]) == [(0, 2), (1, 0), (3, 0), (4, 1)]          # at once, in the freed slots
+
+
+def test_a_task_that_ends_two_processes_is_named(play, frail):
+    scripts = [walk(*"xxxxxxxx", "win"), walk("x", "die 2", "win"), walk(*"xxxxxxxx", "win")]
+    with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="^task 1 of frail's split 'train' failed twice: .*died .exit 3.$"):
+        play(range(3), scripts, slots=3, world=frail, workers=1)
+
+
+def test_the_innocent_begin_anew_as_often_as_it_takes(play, frail):
+    scripts = [walk(*"xxxxxxxx", "win"), walk("die 1", "win"), walk("x", "die 1", "win"), walk("x", "x", "die 1", "win")]
+    with pytest.warns(UserWarning):
+        episodes = play(range(4), scripts, slots=4, world=frail, workers=1)
+    assert all(e.won for e in episodes) and [len(e.turns) for e in episodes] == [9, 2, 3, 4]
+    assert episodes[0].lost == 3
 
 
 # ---- prompts ----------------------------------------------------------------------------------------------------------

@@ -20,9 +20,7 @@ all ranks and micro-batches, not a mean of means; (4) on KEEP the carried subgoa
 """
 import re
 import weakref
-from bisect import bisect_left
 from copy import deepcopy
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -92,7 +90,7 @@ def keep_block(subgoal, word="KEEP"):
 KINDS = ("switch", "subgoal", "action")
 # Well-formed: the tags of one kind with none of the three kinds' tags between them. Bytes, so that `parse` and
 # `decision_masks` cannot disagree.
-BLOCK = {kind: re.compile(rb"<%s>((?:(?!</?(?:switch|subgoal|action)>).)*)</%s>" % (kind.encode(), kind.encode()), re.S)
+BLOCK = {kind: re.compile(rb"<%s>([^<]*(?:<(?!/?(?:switch|subgoal|action)>)[^<]*)*)</%s>" % (kind.encode(), kind.encode()))
          for kind in KINDS}
 
 
@@ -159,6 +157,7 @@ class Table(list):
 
 
 _tables = weakref.WeakKeyDictionary()                               # tokenizer -> its length, its id -> bytes table
+_plain = weakref.WeakKeyDictionary()                                # tokenizer -> that table, a list, its entries' lengths
 
 
 def token_bytes(tokenizer):
@@ -204,21 +203,31 @@ def decision_masks(ids, lengths, tokenizer):
     ids, lengths = torch.as_tensor(ids), torch.as_tensor(lengths)
     if ids.ndim != 2 or lengths.shape != ids.shape[:1] or (lengths.numel() and int(lengths.max()) > ids.shape[1]):
         raise ValueError(f"ids must be [N, L] and lengths [N], at most L: got {tuple(ids.shape)} and {tuple(lengths.shape)}")
-    table = [*token_bytes(tokenizer), b""]                          # the last entry for all ids beyond the tokenizer
-    spans = []                                                      # N x 3 x 2: each decision's first token, one past its last
-    for row, length in zip(ids.clamp(max=len(table) - 1).tolist(), lengths.tolist()):
-        pieces = [table[i] for i in row[:length]]
-        text = b"".join(pieces)
-        blocks = [BLOCK[kind].search(text) for kind in KINDS]
-        if blocks[2] is None or not blocks[2][1].decode("utf-8", "replace").strip():      # as `parse` reads it
-            spans += 0, 0, 0, 0, 0, length
-            continue
-        starts = list(accumulate(map(len, pieces), initial=0))      # byte offset of each token's first character
-        for block in blocks:
-            spans += (bisect_left(starts, block.start()), bisect_left(starts, block.end())) if block else (0, 0)
+    table, size = _sizes(tokenizer)
+    known = ids.clamp(max=len(table) - 1)                           # the last entry, b"", for all ids beyond the tokenizer
+    piece, (switch, subgoal, action) = table.__getitem__, (BLOCK[kind].search for kind in KINDS)
+    spans = []                                                      # N x 3 x 2: each decision's first byte, one past its last
+    for row, length in zip(known.tolist(), lengths.tolist()):
+        text = b"".join(map(piece, row[:length]))
+        acts = action(text)
+        if acts is None or not acts[1].decode("utf-8", "replace").strip():                # as `parse` reads it
+            spans += 0, 0, 0, 0, 0, len(text) + 1
+        else:
+            for block in (switch(text), subgoal(text), acts):
+                spans += block.span() if block else (0, 0)
     first, past = torch.tensor(spans, device=ids.device).view(len(ids), 3, 1, 2).unbind(-1)        # [N, 3, 1] each
-    at = torch.arange(ids.shape[1], device=ids.device)              # [L]
-    return Masks(*((first <= at) & (at < past)).unbind(1))
+    size = size.to(ids.device)[known]                               # [N, L] bytes of each token
+    starts = (size.cumsum(1) - size)[:, None]                       # [N, 1, L] byte offset of each token's first character
+    inside = torch.arange(ids.shape[1], device=ids.device) < lengths.to(ids.device)[:, None]       # [N, L]
+    return Masks(*((first <= starts) & (starts < past) & inside[:, None]).unbind(1))
+
+
+def _sizes(tokenizer):
+    """The table as a plain list that ends with b"", and the length of each entry, int [V + 1]."""
+    table = token_bytes(tokenizer)
+    if table is not _plain.get(tokenizer, (None,))[0]:
+        _plain[tokenizer] = table, [*table, b""], torch.tensor([*map(len, table), 0])
+    return _plain[tokenizer][1:]
 
 
 # ---- actor-critic -----------------------------------------------------------------------------------------------------

@@ -331,6 +331,25 @@ def test_value_clip_is_the_argument(tiny_policy, tiny_tokenizer, accelerator):
     assert losses["value_loss"] == pytest.approx(want.item(), rel=1e-4)
 
 
+def test_gradient_checkpointing_runs_layers_twice_and_changes_nothing(tiny_policy, tiny_tokenizer, accelerator):
+    """In both backbones, in the update alone: Hugging Face recomputes in training mode only, and generation is not."""
+    runs, episodes = [], episodes_of(tiny_tokenizer)
+    for layer in (tiny_policy.actor.model.layers[0].mlp, tiny_policy.critic.layers[0].mlp):
+        layer.register_forward_pre_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+    _, plain, _ = learn(tiny_policy, tiny_tokenizer, episodes, accelerator)
+    once = sum(runs)
+    runs.clear()
+    for backbone in (tiny_policy.actor, tiny_policy.critic):
+        backbone.gradient_checkpointing_enable()
+    _, after, _ = learn(tiny_policy, tiny_tokenizer, episodes, accelerator)
+    assert once == 2 and len(runs) - runs.count(False) > once           # recomputed in the backward pass
+    close(after, plain, atol=1e-6)
+    layer = tiny_policy.critic.layers[0]
+    for on in (True, False):
+        train.checkpointing(tiny_policy, on)
+        assert layer.training == on and not layer.mlp.training
+
+
 def test_optimizer_of_has_every_parameter_once(tiny_policy):
     for policy in (tiny_policy, hiper.ActorCritic(tiny_policy.actor, "shared")):
         actor, critic = (group["params"] for group in train.optimizer_of(policy, config_of(lr=1.0, critic_lr=2.0)).param_groups)

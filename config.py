@@ -167,10 +167,19 @@ def check(config):
 
 
 def read_config(argv):
-    """Flags, and before them one YAML or JSON file if one is given; flags win -> Config. UserError for what is unknown."""
+    """Flags, and before them one YAML or JSON file if one is given; flags win -> Config. UserError for what is unknown.
+
+    Without a file, `--env NAME` takes configs/NAME.yaml, and with `--model` configs/NAME-1.5b.yaml, where there is one: a world's
+    prompts and budgets are not the household's.
+    """
     names = {f.name for f in dataclasses.fields(Config)}
     parser = HfArgumentParser(Config, description="Train an LLM agent with HiPER.", allow_abbrev=False)
     parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (python train.py --help lists all flags)"))
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    flag = lambda name: next((after for word, after in zip(words, words[1:]) if word == f"--{name}"), "")
+    own = Path(__file__).parent / "configs" / f"{flag('env')}{'-1.5b' * bool(flag('model'))}.yaml"
+    if (not argv or argv[0].startswith("-")) and own.is_file():
+        argv = [str(own), *argv]
     if argv and not argv[0].startswith("-"):
         try:
             given = yaml.safe_load(Path(argv[0]).read_text()) or {}             # JSON is YAML

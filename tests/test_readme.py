@@ -38,7 +38,16 @@ def test_every_file_named_is_there():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_configurations_are_read(path):
     read = config.read_config([str(path), "--seed", "3"])
-    assert read.seed == 3 and read.env == "alfworld"
+    assert read.seed == 3 and read.env == path.stem.split("-")[0] and bool(read.model) == ("-" in path.stem)
+
+
+def test_a_world_brings_its_own_settings():
+    """`--env alfworld` alone is configs/alfworld.yaml, with --model the paper's; a file that is named, and flags, win."""
+    tiny, paper = config.read_config(["--env=alfworld", "--episodes", "5"]), config.read_config(["--env", "webshop", "--model", "x"])
+    assert (tiny.max_response, tiny.episodes) == (48, 5) and (paper.iterations, paper.model, paper.demos) == (150, "x", 0)
+    named = config.read_config([str(ROOT / "configs" / "alfworld-1.5b.yaml"), "--env", "webshop"])
+    assert named.lr == 1e-6 and named.env == "webshop"
+    assert config.read_config(["--env", "household"]) == config.read_config([]) and config.read_config(["--env", "moon"]).env == "moon"
 
 
 EQUATIONS = re.findall(r"^\| [^|]+ \| ((?:`[\w.]+`(?:, )?)+) \| `(.+?)` \| `(test_\w+)` \|$", README, re.M)

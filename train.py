@@ -195,8 +195,10 @@ def iterate(policy, tokenizer, reference, optimizer, runner, config, accelerator
         old = score(policy, batch.samples, tokens=config.tokens_per_batch, parts=parts)
         ref = score(reference, batch.samples, tokens=config.tokens_per_batch, parts=("logp",)) if reference else None
         ends = valued(batch.ends) if config.critical else None
-        carried = [turn.carried for e in episodes for turn in e.turns]
-        v_keep = valued(kept(batch.samples.prompts, carried, tokenizer)).v_low if needs_keep(config) else None
+        v_keep = None
+        if needs_keep(config):                                              # the counterfactual, as if KEEP had been written
+            carried = [turn.carried for e in episodes for turn in e.turns]
+            v_keep = valued(kept(batch.samples.prompts, carried, tokenizer)).v_low
     credit = assign(batch, old, config, whitener(accelerator), ends, v_keep)
     clock["update"] = time.perf_counter()
     learns = iteration >= config.critic_warmup or not config.critical

@@ -32,6 +32,7 @@ import household
 import plan
 import rollout
 import scratch
+from benchmarks.update import seconds
 from config import Config
 
 MIXED = SimpleNamespace(SPLITS=household.SPLITS, IN_PROCESS=True, size=household.size,
@@ -130,15 +131,6 @@ def roofline(actor, s, slots, prompt, response, device, half):
     print(f"\ndecoding on {device.type}, {slots} rows after prompts of {prompt} tokens: {1e3 * step:.2f} ms a step, {slots / step:.0f} tokens/s "
           f"(prompts: {1e3 * first:.0f} ms)\nroofline: {weights / 1e6:.1f} MB of weights and {cache / 1e6:.1f} MB of cache at {bandwidth / 1e9:.1f} GB/s "
           f"take {1e3 * bound:.2f} ms: decoding reaches {bound / step:.0%} of it")
-
-
-def seconds(f, device):
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    f()
-    wait()
-    return time.perf_counter() - start
 
 
 def main():

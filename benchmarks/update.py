@@ -150,6 +150,7 @@ def peak_flops(device, half):
 
 
 def seconds(f, device):
+    """Wall time of f(), the device waited for."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()

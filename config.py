@@ -72,6 +72,8 @@ class Config:
     critic_warmup: int = knob(1, "first iterations that train the critic only (paper: 0)")
     epochs: int = knob(1, "passes over each iteration's turns (paper: 1)")
     minibatch: int = knob(256, "turns per optimizer step, over all processes (paper: 256)")
+    attention: str = knob("", "eager, sdpa or flash_attention_2 (pip install flash-attn); empty: eager for the model from scratch, a third "
+                          "faster at the household's short prompts on a CPU, and for others what Hugging Face picks")
     tokens_per_batch: int = knob(4096, "tokens per forward, padding included: the knob for memory")
     clip: float = knob(0.2, "PPO ratio clip (paper: 0.2)")
     value_clip: float = knob(0.0, "how far a value may move from its old one; 0: as far as it likes (released code: 0.5)")
@@ -83,6 +85,7 @@ class Config:
     start: str = knob("", "folder `start` of another run, to begin from its clone instead of making one; empty: make one")
     demos: int = knob(1600, "demonstration episodes to clone before training; 0: none")
     plan_noise: float = knob(0.9, "probability that the demonstrator sets out for any subgoal that one could have")
+    act_noise: float = knob(0.0, "probability that the demonstrator does, and shows, any admissible action")
     slips: float = knob(0.25, "probability that another action happens than the one the demonstrator shows")
     clone_epochs: int = knob(2, "passes over the demonstrations")
     clone_lr: float = knob(2e-3, "learning rate of cloning")
@@ -102,6 +105,10 @@ class Config:
     @property
     def group_size(self):
         return self.group or (1 if self.critical else 8)
+
+    @property
+    def attends(self):
+        return self.attention or (None if self.model else "eager")
 
     @property
     def style(self):
@@ -124,7 +131,7 @@ def check(config):
     for name in ("temperature", "max_grad_norm", "clone_epochs", "clone_lr"):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name} must be above 0, not {getattr(config, name)}")
-    for name in ("gamma", "lam_low", "lam_high", "lam", "gigpo_gamma", "checklist", "lr_end", "plan_noise", "slips"):
+    for name in ("gamma", "lam_low", "lam_high", "lam", "gigpo_gamma", "checklist", "lr_end", "plan_noise", "act_noise", "slips"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"--{name} must lie in [0, 1], not {getattr(config, name)}")
     for name, choices in {"method": METHODS, "prompt": ("plan-execute", "flat"), "critic": ("separate", "shared"), "heads": (2, 3),

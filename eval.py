@@ -115,7 +115,7 @@ def main(argv=None):
         with envs.Runner(config["env"], split, 1) as runner:
             swaps = read_swaps(args.swap, config, runner.reset({0: 0})[0][1])
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        attention = None if config["model"] else "eager"                    # as in training
+        attention = config.get("attention") or (None if config["model"] else "eager")       # as in training
         load = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation=attention).to(device).eval()
         actor = load(args.out / "actor")
         frozen = load(config["model"] or config.get("start") or args.out / "start") if "frozen" in swaps.values() else None

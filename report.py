@@ -25,7 +25,8 @@ def summary(episodes):
             "segment_length": len(turns) / segments,
             "switch_rate": (segments - len(episodes)) / max(1, len(turns) - len(episodes)),
             "valid_format": sum(turn.decision.valid for turn in turns) / len(turns),
-            "truncated": sum(e.truncated for e in episodes) / len(episodes)}
+            "truncated": sum(e.truncated for e in episodes) / len(episodes),
+            "lost": sum(e.lost for e in episodes)}                          # begun anew after their process had died
 
 
 def table(result):

@@ -52,8 +52,7 @@ def build(config, out, runner, accelerator):
         accelerator.wait_for_everyone()
     tokenizer = AutoTokenizer.from_pretrained(start, padding_side="left")
     tokenizer.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    attention = None if config.model else "eager"                       # a third faster than sdpa at this size on a CPU
-    load = lambda dtype: AutoModelForCausalLM.from_pretrained(start, dtype=dtype, attn_implementation=attention).eval()
+    load = lambda dtype: AutoModelForCausalLM.from_pretrained(start, dtype=dtype, attn_implementation=config.attends).eval()
     torch.manual_seed(config.seed)
     policy = hiper.ActorCritic(load(torch.float32), config.critic if config.critical else "shared", config.temperature).to(accelerator.device)
     if config.gradient_checkpointing:
@@ -69,13 +68,13 @@ def build(config, out, runner, accelerator):
 def clone(config, out, runner, accelerator):
     """Tokenizer, tiny model and cloned expert -> out/start, in Hugging Face's format."""
     tasks = range(min(config.demos, envs.size(config.env, runner.split)))
-    shown = scratch.demonstrations(runner, tasks, plan_noise=config.plan_noise, slips=config.slips,
-                                   style=config.style, seed=config.seed, slots=config.slots)
+    shown = scratch.demonstrations(runner, tasks, plan_noise=config.plan_noise, act_noise=config.act_noise,
+                                   slips=config.slips, style=config.style, seed=config.seed, slots=config.slots)
     tokenizer = scratch.train_tokenizer([text for *texts, _ in shown for text in texts])
     torch.manual_seed(config.seed)
-    policy = hiper.ActorCritic(scratch.tiny_model(tokenizer), "shared").to(accelerator.device)
+    policy = hiper.ActorCritic(scratch.tiny_model(tokenizer, config.attends), "shared").to(accelerator.device)
     scratch.clone(policy, tokenizer, shown, epochs=config.clone_epochs, lr=config.clone_lr, seed=config.seed,
-                  gamma=config.gamma, success_reward=config.success_reward,
+                  gamma=config.gamma, success_reward=config.success_reward, max_prompt=config.max_prompt, tokens=config.tokens_per_batch,
                   progress=lambda steps: tqdm(steps, "cloning the expert", unit="step"))
     temporary = out / "start.tmp"
     policy.actor.save_pretrained(temporary)

@@ -8,7 +8,7 @@ observation  str: the page from the instruction on; the instruction itself is `i
 reward       1.0 for a purchase that scores 1.0, else 0.0.
 terminated   something was bought. truncated: `max_steps` steps without buying.
 info         task (str), task_type (str, the product's category), admissible (list of str), won (bool), score (float: WebShop's
-             own score of the purchase, 0 to 1; its mean times 100 is the "task score" of papers).
+             own score of the purchase, 0 to 1; its mean times 100 is the "task score" of papers), subgoals (list of str).
 
 Data: $WEBSHOP_DATA, see webshop.py. Unset: the made-up catalogue, and a line on stderr that says so.
 
@@ -107,18 +107,53 @@ class WebShopEnv:
     def _info(self):
         actions = ["search[<your query>]"] * (self.shop.page == "index") + [f"click[{text}]" for text in self.shop.clickables]
         return {"task": self.goal["instruction"], "task_type": self.product.category, "admissible": actions,
-                "won": self.shop.score == 1.0, "score": self.shop.score}
+                "won": self.shop.score == 1.0, "score": self.shop.score,
+                "subgoals": self.subgoals()}
 
     # ---- the oracle buyer ---------------------------------------------------------------------------------------------
 
     def expert(self, subgoal):
         """What one who knows the product would do with `subgoal` in hand -> (switch, subgoal, action).
 
-        None where no episode runs, or where even the right product with the right options scores less than 1."""
+        KEEP while the subgoal is not reached, whether or not it serves the task (`buy` too early); else SWITCH to one that does.
+        None where no episode runs, or where even the right product with the right options scores less than 1.
+        """
         if self.done or not self.winnable:
             return None
-        wanted, action = self._plan()
-        return wanted != subgoal, wanted, action
+        action = self._pursue(subgoal)
+        goal = subgoal if action else self._plan()
+        return action is None, goal, action or self._pursue(goal)
+
+    def subgoals(self):
+        """All that one could set out to do now; what the task wants is among them."""
+        if self.shop.asin == self.product.asin:
+            return [f"choose {value}" for value in self._options.values()] + ["buy"]
+        return ["open product" if self._listed() else "find product"]
+
+    def _plan(self):
+        """The subgoal that serves the task now. Options come in the page's order: the page does not show what is chosen, so that the
+        subgoal one carries is all that tells what comes next."""
+        missing = [f"choose {value}" for option, value in self._options.items() if self.shop.options.get(option) != value]
+        return (missing or ["buy"])[0] if self.shop.asin == self.product.asin else self.subgoals()[0]
+
+    def _pursue(self, subgoal):
+        """The next action towards `subgoal`, or None where it is reached or not one of ours."""
+        shop, value = self.shop, subgoal.removeprefix("choose ")
+        if subgoal not in self.subgoals() or shop.options.get(shop.catalogue.products[self.product.asin].links.get(value)) == value:
+            return None
+        if shop.asin:
+            wrong = shop.asin != self.product.asin or shop.page in SUBPAGES
+            return "click[< Prev]" if wrong else "click[Buy Now]" if subgoal == "buy" else f"click[{value}]"
+        if subgoal == "open product":
+            return f"click[{self.product.asin}]"
+        if shop.page == "results" and self._number in shop.hits:
+            later = shop.hits.index(self._number) >= 10 * shop.number
+            return f"click[{'Next >' if later else '< Prev'}]"
+        return f"search[{self._query}]"
+
+    def _listed(self):
+        """Whether the product is on the page of results at hand."""
+        return self.shop.page == "results" and self.product.asin.lower() in self.shop.links
 
     @functools.cached_property
     def winnable(self):
@@ -127,25 +162,11 @@ class WebShopEnv:
 
     @functools.cached_property
     def _options(self):
-        """The goal's options as clicking them leaves them: a value that two options share goes to the later one."""
+        """{option: value} as clicking the goal's values leaves them, in the page's order: a value that two options share goes to the
+        later one."""
         wanted = [value for value in self.goal["options"].values() if "[" not in value]         # which no action can say
-        return {self.product.links[value]: value for value in wanted if self.product.links[value]}
-
-    def _plan(self):
-        """(subgoal, action) that serve the task now."""
-        shop, name = self.shop, self.product.asin.lower()
-        if shop.asin == self.product.asin:
-            missing = [value for option, value in self._options.items() if shop.options.get(option) != value]
-            click = "< prev" if shop.page in SUBPAGES else (missing or ["buy now"])[0]
-            return "choose options" if missing else "buy", f"click[{click}]"
-        if shop.asin:                                               # the wrong one
-            return "find product", "click[< prev]"
-        if shop.page == "results" and name in shop.links:
-            return "open product", f"click[{name}]"
-        if shop.page == "results" and self._number in shop.hits:
-            later = shop.hits.index(self._number) >= 10 * shop.number
-            return "find product", f"click[{'next >' if later else '< prev'}]"
-        return "find product", f"search[{self._query}]"
+        chosen = {self.product.links[value]: value for value in wanted if self.product.links[value]}
+        return {option: chosen[option] for option in self.product.options if option in chosen}
 
     @functools.cached_property
     def _number(self):

@@ -58,8 +58,9 @@ def one(method, prompt, seed, iterations, work):
     out = work / f"{method}-{prompt}-{seed}-{iterations}"
     seconds = python("train.py", "--method", method, "--prompt", prompt, "--seed", seed, "--iterations", iterations, "--cpu", "true",
                      "--start", work / f"clone-{prompt}-{seed}" / "start", "--out", out, log=work / f"{out.name}.log")
+    config = json.loads((out / "config.json").read_text())
     metrics, evals = ([json.loads(line) for line in (out / name).read_text().splitlines()] for name in ("metrics.jsonl", "evals.jsonl"))
-    return {"method": method, "prompt": prompt, "seed": seed, "config": json.loads((out / "config.json").read_text()),
+    return {"method": method, "prompt": prompt, "seed": seed, "config": {k: v for k, v in config.items() if k not in ("out", "start")},
             "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
             "success_start": evals[0]["success"], "success_final": evals[-1]["success"], "per_task_type": evals[-1]["success_by_type"],
             "iterations_to_80": reached([line["success"] for line in metrics]), "episodes": sum(line["episodes"] for line in metrics),

@@ -467,7 +467,7 @@ def test_summary_and_table():
     got = evaluation.summary(made)
     assert got == {"episodes": 3, "success": 1 / 3, "score": 0.5, "success_by_type": {"a": 0.0, "b": 0.5},
                    "episodes_by_type": {"a": 1, "b": 2}, "turns": 2.0, "switches": 2 / 3, "segment_length": 6 / 5,
-                   "switch_rate": 2 / 3, "valid_format": 0.5, "truncated": 1 / 3}
+                   "switch_rate": 2 / 3, "valid_format": 0.5, "truncated": 1 / 3, "lost": 0}
     lines = evaluation.table(got).splitlines()
     assert [line.split()[0] for line in lines] == ["a", "b", "all"] and "33.3 %" in lines[-1] and "3 episodes" in lines[-1]
     low, high = evaluation.wilson(5, 10)

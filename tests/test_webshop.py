@@ -297,7 +297,29 @@ def test_the_expert_keeps_his_subgoals_and_comes_back(world):
             info = env.step(action)[-1]
         assert info["won"] and env.steps < 30 and told[-1] == "buy" and env.expert("buy") is None
         assert [s for s, _ in itertools.groupby(told)] == told
-    assert {("choose options", False), ("choose options", True), ("find product", False), ("open product", True)} <= seen
+    assert {("find product", False), ("open product", True), ("buy", True)} <= seen
+
+
+def test_the_expert_follows_whatever_subgoal_one_could_have(world):
+    """Options in any order, in the page's order by himself; `buy` too early buys, and does not win."""
+    env = next(env for env in (world.make("train", index) for index in range(200)) if len(env._options) >= 2 and env.winnable)
+    env.reset()
+    subgoal = ""
+    assert env.reset()[1]["subgoals"] == ["find product"]
+    while subgoal != "open product":
+        _, subgoal, action = env.expert(subgoal)
+        info = env.step(action)[-1]
+    *choices, buy = info["subgoals"]
+    order = list(env.product.options)
+    assert buy == "buy" and choices == [f"choose {env._options[o]}" for o in sorted(env._options, key=order.index)]
+    switch, subgoal, action = env.expert(choices[1])
+    assert (switch, subgoal, action) == (False, choices[1], f"click[{choices[1].removeprefix('choose ')}]")
+    env.step("click[Features]")
+    assert env.expert(choices[1]) == (False, choices[1], "click[< Prev]")
+    env.step("click[< Prev]")
+    env.step(action)
+    assert env.expert(choices[1])[:2] == (True, choices[0]) and env.expert("buy") == (False, "buy", "click[Buy Now]")
+    assert not env.step("click[Buy Now]")[-1]["won"] and env.expert("buy") is None
 
 
 @needs_rapidfuzz

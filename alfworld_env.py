@@ -30,8 +30,10 @@ import copy
 import functools
 import json
 import os
+import pickle
 import re
 import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -43,7 +45,7 @@ TASK_TYPES = ("pick_and_place_simple", "look_at_obj_in_light", "pick_clean_then_
 TITLE, TASK, NOTHING = "-= Welcome to TextWorld, ALFRED! =-", "Your task is to: ", "Nothing happens."
 DEEDS = ("take", "move", "clean", "heat", "cool", "use")  # the verbs that complete a subgoal
 LOOKS = ("look", "inventory", "examine", "help")          # the verbs that change nothing
-GAMES, SENTENCES, FACTS = 32, 512, 20_000                 # how much the engine remembers, about 60 MB: see _engine_class
+GAMES, SENTENCES, FACTS = 512, 512, 20_000                # how much the engine remembers, about 60 MB: see _engine_class
 SOLVABLE = re.compile(rb'"solvable":\s*true')             # much cheaper than parsing some thousand 80 kB files
 
 # Engines of closed envs, waiting for another game. Each new one maps its own copy of the planner's library, which is
@@ -240,11 +242,12 @@ def _engine_class():
     import mementos.core
     from textworld.envs.pddl import PddlEnv, textgen
 
-    translate = functools.lru_cache(GAMES)(fast_downward.pddl2sas)
+    pddl2sas = fast_downward.pddl2sas
+    translate = functools.lru_cache(GAMES)(lambda *game: zlib.compress(pickle.dumps(pddl2sas(*game)), 1))    # 1 MB in 60 kB
     parse = functools.lru_cache(SENTENCES)(textgen._parse_and_convert)
     memories = (  # where the engine looks a function up, its name there, and what stands there while the engine works
         (fast_downward, "pddl2sas", lambda domain, problem, verbose=False, optimize=False:
-            (None, "") if optimize else translate(domain, problem)),  # optimized for the planner, which nobody asks here
+            (None, "") if optimize else pickle.loads(zlib.decompress(translate(domain, problem)))),  # optimized for the planner, which nobody asks here
         (textgen, "_parse_and_convert", lambda *text, **how: copy.deepcopy(parse(*text, **how))),  # it writes into the symbols
         (textgen.Rule, "parse_conjunctive_query", functools.lru_cache(SENTENCES)(textgen.Rule.parse_conjunctive_query)))
 

@@ -84,6 +84,7 @@ class Config:
     # start from scratch
     start: str = knob("", "folder `start` of another run, to begin from its clone instead of making one; empty: make one")
     demos: int = knob(1600, "demonstration episodes to clone before training; 0: none")
+    demo_tasks: int = knob(0, "how many training tasks they are of, spread over the split; 0: the split's first, each once")
     plan_noise: float = knob(0.9, "probability that the demonstrator sets out for any subgoal that one could have")
     act_noise: float = knob(0.0, "probability that the demonstrator does, and shows, any admissible action")
     slips: float = knob(0.25, "probability that another action happens than the one the demonstrator shows")
@@ -124,7 +125,7 @@ def check(config):
     for name in ("iterations", "episodes", "slots", "epochs", "minibatch", "tokens_per_batch", "max_prompt", "max_response", "save_every"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(config, name)}")
-    for name in ("env_workers", "history", "eval_episodes", "demos", "critic_warmup", "show_every", "lr", "critic_lr", "kl", "kl_rest", "clip", "group",
+    for name in ("env_workers", "history", "eval_episodes", "demos", "demo_tasks", "critic_warmup", "show_every", "lr", "critic_lr", "kl", "kl_rest", "clip", "group",
                  "value_clip", "eval_temperature", "invalid_penalty", "keep_penalty", "drift_penalty", "gigpo_weight"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name} must not be negative, not {getattr(config, name)}")
@@ -180,7 +181,8 @@ def read_config(argv):
     prompts and budgets are not the household's.
     """
     names = {f.name for f in dataclasses.fields(Config)}
-    parser = HfArgumentParser(Config, description="Train an LLM agent with HiPER.", allow_abbrev=False)
+    parser = HfArgumentParser(Config, allow_abbrev=False, description="Train an LLM agent with HiPER. A YAML or JSON "
+                            "file may come first, flags win over it; --plan says what memory it would take, and stops.")
     parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (python train.py --help lists all flags)"))
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
     flag = lambda name: next((after for word, after in zip(words, words[1:]) if word == f"--{name}"), "")

@@ -67,7 +67,9 @@ def build(config, out, runner, accelerator):
 
 def clone(config, out, runner, accelerator):
     """Tokenizer, tiny model and cloned expert -> out/start, in Hugging Face's format."""
-    tasks = range(min(config.demos, envs.size(config.env, runner.split)))
+    size = envs.size(config.env, runner.split)
+    few = min(config.demo_tasks, size)                                  # spread over the split, a task's demonstrations side by side
+    tasks = [n * few // config.demos * size // few for n in range(config.demos)] if few else range(min(config.demos, size))
     shown = scratch.demonstrations(runner, tasks, plan_noise=config.plan_noise, act_noise=config.act_noise,
                                    slips=config.slips, style=config.style, seed=config.seed, slots=config.slots)
     tokenizer = scratch.train_tokenizer([text for *texts, _ in shown for text in texts])

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 import hiper
 from hiper import Decision, Masks, Scores
+from shard import even
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def generate(actor, tokenizer, prompts, *, temperature, max_response, tag=b"</ac
     config = GenerationConfig(max_new_tokens=max_response, eos_token_id=sorted(ends), pad_token_id=pad, **sampling)
     own, actor.generation_config = actor.generation_config, config  # HF fills what `config` leaves open from the checkpoint's own
     try:
-        out = actor.generate(input_ids=ids, attention_mask=mask, generation_config=config,
+        out = actor.generate(input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=False,
                              stopping_criteria=StoppingCriteriaList([stop]))[:, width:].tolist()
     finally:
         actor.generation_config = own
@@ -295,8 +296,8 @@ def score(policy, samples, *, tokens=16384, parts=("logp", "values")):
     sizes = [len(p) + len(r) for p, r in zip(samples.prompts, samples.responses)]
     n, width = samples.masks.switch.shape
     out = [torch.zeros(n, width), torch.zeros(n, width), torch.zeros(n), torch.zeros(n), torch.zeros(n)]
-    for index in micro_batches(sizes, tokens):
-        scores = policy(*samples.rows(index, policy.heads.weight.device), parts=parts)
+    for index in even(policy, micro_batches(sizes, tokens)):
+        scores = policy(*samples.rows(index or [0], policy.heads.weight.device), parts=parts)           # of [] nothing is kept
         for whole, part in zip(out, scores):
             if part is not None and part.ndim == 2:
                 whole[index, :part.shape[1]] = part.cpu()

@@ -19,11 +19,12 @@ import sys
 import time
 import zipfile
 from collections import defaultdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,6 +34,7 @@ import envs
 import hiper
 import plan
 import scratch
+import shard
 from config import UserError, check, open_out, read_config
 from eval import evaluate, fail
 from credit import assign, needs_keep
@@ -54,15 +56,15 @@ def build(config, out, runner, accelerator):
     tokenizer.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     load = lambda dtype: AutoModelForCausalLM.from_pretrained(start, dtype=dtype, attn_implementation=config.attends).eval()
     torch.manual_seed(config.seed)
-    policy = hiper.ActorCritic(load(torch.float32), config.critic if config.critical else "shared", config.temperature).to(accelerator.device)
+    policy = hiper.ActorCritic(load(torch.float32), config.critic if config.critical else "shared", config.temperature)
     if config.gradient_checkpointing:
         for backbone in filter(None, (policy.actor, policy.critic)):
             backbone.gradient_checkpointing_enable()
     if not config.model:
-        policy.heads.load_state_dict(torch.load(start / "heads.pt", map_location=accelerator.device, weights_only=True))
+        policy.heads.load_state_dict(torch.load(start / "heads.pt", map_location="cpu", weights_only=True))
     half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    reference = hiper.ActorCritic(load(half), temperature=config.temperature).to(accelerator.device) if config.kl or config.kl_rest else None
-    return policy, tokenizer, reference
+    reference = hiper.ActorCritic(load(half), temperature=config.temperature) if config.kl or config.kl_rest else None
+    return shard.place(policy, accelerator), tokenizer, reference and shard.place(reference, accelerator)
 
 
 def clone(config, out, runner, accelerator):
@@ -126,8 +128,8 @@ def update(policy, optimizer, samples, old, ref, credit, config, accelerator, ac
         for rows in torch.randperm(len(sizes)).tensor_split(math.ceil(turns / config.minibatch)):
             counts = torch.stack([trained[rows].sum(), spoken[rows].sum(), *(where[rows].sum() for _, where in heads.values())])
             n_trained, n_spoken, *n_valued = accelerator.reduce(counts.to(device), "sum").clamp(min=1).tolist()     # global
-            for part in micro_batches([sizes[i] for i in rows], config.tokens_per_batch):
-                index = rows[part]
+            for part in shard.even(policy, micro_batches([sizes[i] for i in rows], config.tokens_per_batch)):
+                index = rows[part] if part else torch.zeros(1, dtype=torch.long)                    # any turn, without weight
                 with accelerator.autocast():
                     new = policy(*samples.rows(index.tolist(), device), parts=parts)
                 width = new.logp.shape[1]
@@ -140,11 +142,11 @@ def update(policy, optimizer, samples, old, ref, credit, config, accelerator, ac
                 held = (k3 * torch.where(learns, config.kl, config.kl_rest)).sum() / n_spoken
                 value_term = sum((hiper.value_loss(new.value(head), here(old.value(head)), here(y), config.value_clip) * here(where)).sum() / n
                                  for (head, (y, where)), n in zip(heads.items(), n_valued)) + torch.zeros((), device=device)
-                (value_term + (policy_term + held if actor_learns else 0)).backward()
+                ((value_term + (policy_term + held if actor_learns else 0)) * bool(part)).backward()
                 for name, x in {"policy_loss": policy_term, "value_loss": value_term, "kl": kl_term,
                                 "clip_fraction": (clipped * learns).sum() / n_trained,
                                 "entropy": (new.entropy * learns).sum() / n_trained}.items():
-                    total[name] += float(x.detach()) / config.epochs / math.ceil(turns / config.minibatch)
+                    total[name] += bool(part) * float(x.detach()) / config.epochs / math.ceil(turns / config.minibatch)
             step(policy, optimizer, config, accelerator, actor_learns)
     checkpointing(policy, False)
     names = list(total)
@@ -158,7 +160,9 @@ def step(policy, optimizer, config, accelerator, actor_learns):
         params = group["params"]
         for p in params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad      # every process must take part
-            if accelerator.num_processes > 1:
+            if shard.wanted(accelerator):
+                p.grad *= accelerator.num_processes                         # FSDP has taken their mean
+            elif accelerator.num_processes > 1:
                 p.grad = accelerator.reduce(p.grad, "sum")
         torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm)
         if not learns:
@@ -188,8 +192,9 @@ def iterate(policy, tokenizer, reference, optimizer, runner, config, accelerator
     parts = ("logp", "values") if config.critical else ("logp",)
     clock = {"rollout": time.perf_counter()}
     with accelerator.autocast():
-        episodes = collect(policy.actor, tokenizer, runner, tasks, slots=config.slots, temperature=config.temperature,
-                           style=config.style)
+        with shard.unsharded(policy):
+            episodes = collect(policy.actor, tokenizer, runner, tasks, slots=config.slots, temperature=config.temperature,
+                               style=config.style)
         clock["score"] = time.perf_counter()
         batch = batch_of(episodes, tokenizer)
         valued = lambda samples: score(policy, samples, tokens=config.tokens_per_batch, parts=("values",))
@@ -217,13 +222,16 @@ def iterate(policy, tokenizer, reference, optimizer, runner, config, accelerator
 
 # ---- saving and showing -----------------------------------------------------------------------------------------------
 
-def save(out, policy, tokenizer, optimizer, iteration, log):
-    """A checkpoint and the actor in Hugging Face's format, each complete before it takes the old one's place."""
+def save(out, policy, tokenizer, optimizer, iteration, log, main=True):
+    """A checkpoint and the actor in Hugging Face's format, each complete before it takes the old one's place. By all processes."""
+    state = shard.whole({"policy": policy.state_dict(), "optimizer": optimizer.state_dict()}, main)
+    if not main:
+        return
     temporary = out / "actor.tmp"
+    actor = {name: state["policy"][f"actor.{name}"] for name, _ in policy.actor.named_parameters()}         # tied ones once
     try:
-        torch.save({"policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration, "log": log},
-                   out / "checkpoint.tmp")
-        policy.actor.save_pretrained(temporary)
+        torch.save({**state, "iteration": iteration, "log": log}, out / "checkpoint.tmp")
+        policy.actor.save_pretrained(temporary, state_dict=actor)
         tokenizer.save_pretrained(temporary)
     except (RuntimeError, SafetensorError) as error:                        # of torch and safetensors where the disk is full
         raise OSError(errno.ENOSPC, str(error)) from None
@@ -236,7 +244,7 @@ def save(out, policy, tokenizer, optimizer, iteration, log):
     picture(out, log)
 
 
-def load(out, device):
+def load(out, device, mmap=False):
     """The last checkpoint that can be read, or None where none was written. UserError where all are damaged."""
     damaged = []
     for path in (out / "checkpoint.pt", out / "checkpoint.old.pt"):
@@ -244,13 +252,21 @@ def load(out, device):
             continue
         try:
             if zipfile.is_zipfile(path):                                    # or torch tries older formats on it
-                return torch.load(path, map_location=device, weights_only=True)
+                return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
         except (RuntimeError, EOFError, pickle.UnpicklingError):            # of torch where bytes were altered
             pass
         damaged.append(path)
         tqdm.write(f"warning: {path} is damaged: looking for the one before")
     if damaged:
         raise UserError(f"no checkpoint of {out} can be read: give another --out, or remove {' and '.join(map(str, damaged))} to begin anew")
+
+
+def restore(policy, optimizer, saved):
+    """A checkpoint's weights and moments into these, which may be in shards."""
+    policy.load_state_dict({name: shard.like(saved["policy"][name], p) for name, p in policy.state_dict().items()})
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {i: {name: shard.like(x, params[i]) for name, x in state.items()} for i, state in saved["optimizer"]["state"].items()}
+    optimizer.load_state_dict({**saved["optimizer"], "state": moments})
 
 
 def write_log(out, log):
@@ -268,14 +284,16 @@ def run(config, accelerator, out):
     with envs.Runner(config.env, module.SPLITS[0], config.env_workers) as runner:
         policy, tokenizer, reference = build(config, out, runner, accelerator)
         optimizer, first, log = optimizer_of(policy, config), 0, {"lines": [], "evals": []}
-        saved = load(out, accelerator.device)
+        sharded = shard.wanted(accelerator)
+        saved = load(out, "cpu" if sharded else accelerator.device, mmap=sharded)           # else a whole one for every process
         if saved:
-            policy.load_state_dict(saved["policy"])
-            optimizer.load_state_dict(saved["optimizer"])
+            restore(policy, optimizer, saved)
             first, log = saved["iteration"], saved["log"]
 
         def test(iteration):
-            if main:
+            with shard.unsharded(policy):
+                if not main:
+                    return
                 tasks = range(envs.size(config.env, split))[:config.eval_episodes or None]
                 with envs.Runner(config.env, split, config.env_workers) as other, accelerator.autocast():
                     result = evaluate(policy.actor, tokenizer, other, tasks, temperature=config.eval_temperature,
@@ -299,12 +317,12 @@ def run(config, accelerator, out):
                     tqdm.write(f"warning: {trouble}")
                 if config.show_every and iteration % config.show_every == 0:
                     tqdm.write(tell(episodes[0], {name: adv[0] for name, adv in credit.shown.items()}))
-                if (iteration + 1) % config.save_every == 0 and iteration + 1 < config.iterations:
-                    save(out, policy, tokenizer, optimizer, iteration + 1, log)
+            if (iteration + 1) % config.save_every == 0 and iteration + 1 < config.iterations:
+                save(out, policy, tokenizer, optimizer, iteration + 1, log, main)
             accelerator.wait_for_everyone()
-        if main and first < config.iterations:
+        if first < config.iterations:
             test(config.iterations)
-            save(out, policy, tokenizer, optimizer, config.iterations, log)
+            save(out, policy, tokenizer, optimizer, config.iterations, log, main)
         if main:
             before, after = (100 * log["evals"][i]["success"] for i in (0, -1))
             tqdm.write(f"{split}: {before:.1f} % at the start, {after:.1f} % after {config.iterations} iterations; all in {out}")
@@ -318,7 +336,8 @@ def main(argv=None):
         if "--plan" in words:
             return plan.show(config)
         check(config)
-        accelerator = Accelerator(cpu=config.cpu, mixed_precision="bf16" if torch.cuda.is_available() and not config.cpu else "no")
+        accelerator = Accelerator(cpu=config.cpu, mixed_precision="bf16" if torch.cuda.is_available() and not config.cpu else "no",
+                                  kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])    # for whom the others wait
         if config.episodes // config.group_size < accelerator.num_processes:
             raise UserError(f"--episodes {config.episodes} in groups of {config.group_size} leave some of the "
                             f"{accelerator.num_processes} processes without one")

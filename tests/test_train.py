@@ -27,6 +27,7 @@ import eval as evaluation
 import hae
 import hiper
 import rollout
+import shard
 import train
 from config import Config, read_config
 from credit import DECISIONS, assign
@@ -80,7 +81,7 @@ def sgd_of(policy):
 
 
 def weights(module):
-    return {name: x.detach().clone() for name, x in module.named_parameters()}
+    return {name: x.clone() for name, x in shard.whole({name: x.detach() for name, x in module.named_parameters()}, True).items()}
 
 
 def close(ours, theirs, atol=1e-5):
@@ -380,8 +381,11 @@ def iterated(policy, tokenizer, episodes, accelerator, iteration=0, **changes):
         patch.setattr(train, "explained_variance", lambda *args: fits.append(args) or spy(*args))
         patch.setattr(train, "collect", lambda actor, tokenizer, runner, tasks, **_: [replace(episodes[i], index=i) for i in tasks])
         patch.setattr(envs, "size", lambda *_: len(episodes))
-        policy = copy.deepcopy(policy)
-        metrics, *_ = train.iterate(policy, tokenizer, copy.deepcopy(policy), sgd_of(policy), SimpleNamespace(split="train"),
+        policy, reference = (shard.place(copy.deepcopy(policy), accelerator) for _ in range(2))
+        if changes.get("gradient_checkpointing"):
+            for backbone in (policy.actor, policy.critic):
+                backbone.gradient_checkpointing_enable()
+        metrics, *_ = train.iterate(policy, tokenizer, reference, sgd_of(policy), SimpleNamespace(split="train"),
                                     config_of(**changes), accelerator, iteration)
     return metrics, weights(policy), fits
 
@@ -396,33 +400,46 @@ def steady(metrics):
 
 
 WORKER = """
-import pickle, sys
+import copy, pickle, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 torch.set_num_threads(1)
+import shard
 from accelerate import Accelerator
 from test_train import iterated
-policy, tokenizer, episodes = pickle.load(open({given!r}, "rb"))
+policy, tokenizer, episodes, ways = pickle.load(open({given!r}, "rb"))
 accelerator = Accelerator(cpu=True)
-answers = [iterated(policy, tokenizer, episodes, accelerator, **changes)[:2] for changes in ({{}}, dict(max_grad_norm=0.01, tokens_per_batch=100))]
+mine = sum(p.to_local().numel() if {sharded} else p.numel() for p in shard.place(copy.deepcopy(policy), accelerator).parameters())
+assert {sharded} == (mine < 0.6 * sum(p.numel() for p in policy.parameters()))
+answers = [iterated(policy, tokenizer, episodes, accelerator, **changes)[:2] for changes in ways]
 pickle.dump(answers, open(f"{{sys.argv[1]}}.{{accelerator.process_index}}", "wb"))
+accelerator.end_training()
 """
 
 
-def test_two_processes_make_the_step_of_one(tiny_policy, tiny_tokenizer, accelerator, tmp_path):
-    """Unequal numbers of turns, the same gradient, the same clip, the same metrics."""
-    given, episodes = tmp_path / "given.pkl", episodes_of(tiny_tokenizer, lengths=(9, 1, 4, 2, 6, 3, 1, 2))
-    given.write_bytes(pickle.dumps((tiny_policy, tiny_tokenizer, episodes)))
-    (tmp_path / "worker.py").write_text(WORKER.format(root=str(ROOT), tests=str(ROOT / "tests"), given=str(given)))
+def two_processes(*words, **more):
+    """Run a script in two processes on the CPU."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
-                           "--master_port", str(port), str(tmp_path / "worker.py"), str(tmp_path / "out")],
-                          env=environment(ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME="lo"), capture_output=True, text=True, timeout=120)
+                           "--master_port", str(port), *map(str, words)], capture_output=True, text=True, timeout=120,
+                          env=environment(ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME="lo", **more))
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["plain", "sharded"])
+def test_two_processes_make_the_step_of_one(tiny_policy, tiny_tokenizer, accelerator, tmp_path, sharded):
+    """Unequal numbers of turns and so of micro-batches, the same gradient, the same clip, the same metrics."""
+    given, episodes = tmp_path / "given.pkl", episodes_of(tiny_tokenizer, lengths=(9, 1, 4, 2, 6, 3, 1, 2))
+    ways = ({}, dict(max_grad_norm=0.01, tokens_per_batch=100, gradient_checkpointing=True), dict(critic_warmup=1, tokens_per_batch=1),
+            dict(method="ppo", prompt="flat", kl=0.0))
+    given.write_bytes(pickle.dumps((tiny_policy, tiny_tokenizer, episodes, ways)))
+    (tmp_path / "worker.py").write_text(WORKER.format(root=str(ROOT), tests=str(ROOT / "tests"), given=str(given), sharded=sharded))
+    two_processes(tmp_path / "worker.py", tmp_path / "out", ACCELERATE_USE_FSDP=str(sharded))
     ranks = [pickle.loads((tmp_path / f"out.{rank}").read_bytes()) for rank in range(2)]
-    for k, changes in enumerate(({}, dict(max_grad_norm=0.01, tokens_per_batch=100))):
+    for k, changes in enumerate(ways):
         metrics, after, _ = iterated(tiny_policy, tiny_tokenizer, episodes, accelerator, **changes)
         assert not same(after, weights(tiny_policy))
         for theirs, weight in (rank[k] for rank in ranks):
@@ -661,6 +678,28 @@ def test_a_run_stopped_between_iterations_goes_on_as_if_it_had_not(trained, stop
     torch.manual_seed(5), random.seed(5)
     train.main(flags(stopped))
     assert_same_run(stopped, trained)
+
+
+def test_a_run_goes_on_in_shards_as_it_would_have_whole(trained, tmp_path, capfd):
+    """From two processes' checkpoint, through rollout, update and evaluation, to the same one, which any number of processes can load."""
+    whole, sharded = tmp_path / "whole", tmp_path / "sharded"
+    (tmp_path / "run.yaml").write_text(f"start: {trained.out / 'start'}\n")                                  # torchrun takes --start for its own
+    train_in_two = lambda out, shards: two_processes(ROOT / "train.py", tmp_path / "run.yaml", *flags(out), ACCELERATE_USE_FSDP=shards)
+    train_in_two(whole, "false")
+    shutil.copytree(whole, sharded)
+    (sharded / "checkpoint.old.pt").replace(sharded / "checkpoint.pt")      # the one after two iterations
+    assert "67%" in train_in_two(sharded, "true")
+    ours, theirs = (torch.load(out / "checkpoint.pt", weights_only=True) for out in (sharded, whole))
+    assert ours["iteration"] == 3 and not same(theirs["policy"], torch.load(sharded / "checkpoint.old.pt", weights_only=True)["policy"])
+    close(ours["policy"], theirs["policy"])
+    close({(i, name): x for i, state in ours["optimizer"]["state"].items() for name, x in state.items()},
+          {(i, name): x for i, state in theirs["optimizer"]["state"].items() for name, x in state.items()})
+    for a, b in zip(lines_of(sharded), lines_of(whole), strict=True):
+        assert steady(a) == pytest.approx(steady(b), abs=1e-4)
+    assert (sharded / "actor" / "model.safetensors").stat().st_size == (whole / "actor" / "model.safetensors").stat().st_size
+    train.main([str(tmp_path / "run.yaml"), *flags(sharded)])
+    assert "nothing is left to do" in capfd.readouterr().out
+    evaluation.main([str(sharded), "--episodes", "2"])
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(trained, stopped):

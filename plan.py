@@ -2,7 +2,8 @@
 
 Parameters, memory per GPU part by part, and what fits on 24, 80 and 141 GB. Every figure is a formula below, in bytes, for the way
 train.py runs on GPUs: float32 weights, bf16 autocast, fused attention (no L x L matrix in the update), prompts and responses at their
-longest. GB are 10^9 bytes. Data parallel: every GPU holds all weights; only the episodes are shared out.
+longest. GB are 10^9 bytes. Data parallel: every GPU holds all weights; only the episodes are shared out. In shards (FSDP2) a GPU holds its
+part of weights, gradients and moments, and what is put together for a pass; that the residual stream is bf16 then is not counted.
 """
 import inspect
 from collections import namedtuple
@@ -10,6 +11,7 @@ from dataclasses import replace
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import hiper
 from config import UserError
@@ -24,8 +26,9 @@ SHAPES = {
     "Qwen/Qwen2.5-7B-Instruct": (3584, 28, 28, 4, 18944, 152064, False),
 }
 # Parameters of the actor, of a critic's own backbone (or 0) and of the heads; of actor and critic those in matrix products, which
-# autocast copies; and the widths that activations follow: hidden, all queries, all keys, the MLP, vocabulary.
-Sizes = namedtuple("Sizes", "actor critic heads actor_linear critic_linear layers hidden queries keys inner vocab")
+# autocast copies; of a layer and of all that is in none, what FSDP gathers at once; and the widths that activations follow: hidden, all
+# queries, all keys, the MLP, vocabulary.
+Sizes = namedtuple("Sizes", "actor critic heads actor_linear critic_linear block outside layers hidden queries keys inner vocab")
 
 
 def built_in(name):
@@ -54,11 +57,12 @@ def sizes(shape, critic="separate"):
         raise UserError(str(error).splitlines()[0]) from None
     count = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())
     linear = lambda module: count(*(m for m in module.modules() if isinstance(m, torch.nn.Linear)))
-    own = policy.critic or torch.nn.Identity()
+    own, blocks = policy.critic or torch.nn.Identity(), [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)]
     hidden, heads, known = shape.hidden_size, shape.num_attention_heads, lambda name: getattr(shape, name, None)
     width = known("head_dim") or hidden // heads
-    return Sizes(count(policy.actor), count(own), count(policy.heads), linear(policy.actor), linear(own), shape.num_hidden_layers, hidden,
-                 width * heads, width * (known("num_key_value_heads") or heads), known("intermediate_size") or 4 * hidden, shape.vocab_size)
+    return Sizes(count(policy.actor), count(own), count(policy.heads), linear(policy.actor), linear(own), max(map(count, blocks)),
+                 count(policy) - count(*blocks), shape.num_hidden_layers, hidden, width * heads,
+                 width * (known("num_key_value_heads") or heads), known("intermediate_size") or 4 * hidden, shape.vocab_size)
 
 
 # ---- bytes: float32 is 4 (weights, residual stream, norms), bf16 is 2 (whatever goes into a matrix product) -----------
@@ -91,32 +95,41 @@ def prefill(s, slots, prompt):
     return slots * prompt * ((4 + 4 + 2) * s.hidden + 3 * 2 * s.inner) + 3 * slots * prompt ** 2 + 4 * 4 * slots * s.vocab
 
 
-def memory(s, config):
+def together(s):
+    """FSDP2's bf16: all that rollout needs (the critic's embedding comes along); and in the update what is in no layer, two layers, and
+    the gradients of the first and of one layer, which are summed in float32."""
+    return {"put together: the actor, bf16": (2 * (s.layers * s.block + s.outside), ("rollout",)),
+            "put together: layer by layer": (2 * (s.outside + 2 * s.block) + (2 + 4) * (s.outside + s.block), ("update",))}
+
+
+def memory(s, config, shards=1):
     """-> ({part: (bytes, the phases that hold it)}, {phase: bytes at its peak}) of one GPU."""
     row, always, learning = config.max_prompt + config.max_response, ("rollout", "update", "step"), ("update", "step")
     tokens = max(config.tokens_per_batch, row)                      # a micro-batch has one row at the least
     trained = s.actor + s.critic + s.heads
+    copies = {"autocast's bf16 copies, actor": (2 * s.actor_linear, ("rollout", "update")),
+              "autocast's bf16 copies, critic": (2 * s.critic_linear, ("update",))}
     parts = {
-        "actor weights, float32": (4 * s.actor, always),
-        "critic and heads, float32": (4 * (s.critic + s.heads), always),
-        "reference weights, bf16": (2 * s.actor if config.kl or config.kl_rest else 0, always),
-        "Adam's two moments, float32": (8 * trained, always),
-        "gradients, float32": (4 * trained, learning),
-        "autocast's bf16 copies, actor": (2 * s.actor_linear, ("rollout", "update")),
-        "autocast's bf16 copies, critic": (2 * s.critic_linear, ("update",)),
+        "actor weights, float32": (4 * s.actor / shards, always),
+        "critic and heads, float32": (4 * (s.critic + s.heads) / shards, always),
+        "reference weights, bf16": (2 * s.actor / shards if config.kl or config.kl_rest else 0, always),
+        "Adam's two moments, float32": (8 * trained / shards, always),
+        "gradients, float32": (4 * trained / shards, learning),
+        **(together(s) if shards > 1 else copies),
         f"activations, {tokens} tokens": (activations(s, tokens, config.gradient_checkpointing), ("update",)),
         "a chunk of logits": (logits(s, tokens), ("update",)),
         f"KV cache, {config.slots} x {row} tokens": (kv_cache(s, config.slots, row), ("rollout",)),
         f"prefill, {config.slots} x {config.max_prompt} tokens": (prefill(s, config.slots, config.max_prompt), ("rollout",)),
-        "Adam's scratch copy of one group": (4 * max(s.actor, s.critic + s.heads), ("step",))}      # its foreach form
+        "Adam's scratch copy of one group": (4 * max(s.actor, s.critic + s.heads) / shards, ("step",))}         # its foreach form
     return parts, {phase: sum(size for size, phases in parts.values() if phase in phases) for phase in always}
 
 
-def fits(s, config, gpu, gpus):
+def fits(s, config, gpu, gpus, sharded=False):
     """-> (GB to spare on each of `gpus` GPUs of `gpu` GB, negative where short of; flags with which it would fit, "" where none do)."""
     slots = min(config.slots, -(-config.episodes // config.group_size // gpus) * config.group_size)     # its share of the episodes
     mine, room = replace(config, slots=slots), gpu * (1 - RESERVE) * 1e9
-    peak = lambda phase, **changes: memory(s, replace(mine, **changes))[1][phase]
+    peaks = lambda **changes: memory(s, replace(mine, **changes), gpus if sharded else 1)[1]
+    peak = lambda phase, **changes: peaks(**changes)[phase]
     halves = lambda n, least: [n >> k for k in range(n.bit_length()) if n >> k >= least]
     tokens = halves(config.tokens_per_batch, config.max_prompt + config.max_response) or [config.tokens_per_batch]
     seats = next(({"slots": n} for n in halves(slots, 1) if peak("rollout", slots=n) <= room), None)
@@ -124,7 +137,7 @@ def fits(s, config, gpu, gpus):
                   if peak("update", **way) <= room), None)
     enough = peak("step") <= room and seats is not None and batch is not None
     flags = " ".join(f"--{n} {x}" for n, x in {**seats, **batch}.items() if x != getattr(mine, n)) if enough else ""
-    return (room - max(memory(s, mine)[1].values())) / 1e9, flags
+    return (room - max(peaks().values())) / 1e9, flags
 
 
 def show(config):
@@ -144,7 +157,10 @@ def show(config):
     row("peak", [f"{size / 1e9:.2f}" for size in peaks.values()])
     tokens = max(config.tokens_per_batch, config.max_prompt + config.max_response)
     print("\nActivations with gradient checkpointing and without: " + ", ".join(f"{activations(s, tokens, on) / 1e9:.2f}" for on in (True, False)))
-    print(f"Weights are replicated: more GPUs share only the episodes. What fits, {RESERVE:.0%} being left to CUDA, NCCL and fragmentation:")
-    for gpu in GPUS:
-        say = lambda spare, flags: f"yes, {spare:.1f} GB to spare" if spare >= 0 else f"no, {-spare:.1f} GB short" + f" ({flags} fits)" * bool(flags)
-        print(f"{gpu:4d} GB: " + "; ".join(f"{n} GPU{'s' * (n > 1)} {say(*fits(s, config, gpu, n))}" for n in COUNTS))
+    say = lambda spare, flags: f"yes, {spare:.1f} GB to spare" if spare >= 0 else f"no, {-spare:.1f} GB short" + f" ({flags} fits)" * bool(flags)
+    print(f"What fits, {RESERVE:.0%} being left to CUDA, NCCL and fragmentation.")
+    for sharded, title in enumerate(("Weights replicated, so that more GPUs share only the episodes", "In shards, configs/accelerate/fsdp.yaml")):
+        print(title + ":")
+        for gpu in GPUS:
+            answers = (f"{n} GPU{'s' * (n > 1)} {say(*fits(s, config, gpu, n, sharded))}" for n in COUNTS[sharded:])
+            print(f"{gpu:4d} GB: " + "; ".join(answers))

@@ -178,6 +178,31 @@ def test_what_fits():
     assert offered
 
 
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda c: c.model_type)
+def test_layers_and_the_rest_are_the_whole(shape, critic):
+    """What FSDP gathers at once: a layer's weights, and those in none."""
+    s, policy = plan.sizes(shape, critic), policy_of(shape, critic)
+    layers = [module for module in policy.modules() if type(module).__name__.endswith(("DecoderLayer", "GPT2Block"))]
+    assert len(layers) == s.layers * (2 if s.critic else 1) and s.block == sum(p.numel() for p in layers[0].parameters())
+    assert s.outside + len(layers) * s.block == s.actor + s.critic + s.heads
+
+
+def test_shards_divide_weights_gradients_and_moments():
+    """By the number of GPUs; nothing else but what is put together differs. 7B fits on eight of 80 GB so, and on none whole."""
+    alone, parts = plan.memory(S, BIG)[0], plan.memory(S, BIG, 8)[0]
+    for name in alone.keys() & parts.keys():
+        divided = any(word in name for word in ("weights", "heads", "moments", "gradients", "scratch"))
+        assert parts[name] == (pytest.approx(alone[name][0] / (8 if divided else 1)), alone[name][1]), name
+    assert all(name.startswith(("put together", "autocast")) for name in alone.keys() ^ parts.keys())
+    actor_and_embedding = S.actor + S.vocab * S.hidden + S.hidden + S.heads                             # the critic's, its last norm, heads
+    assert parts["put together: the actor, bf16"][0] == 2 * actor_and_embedding
+    spare = [plan.fits(S, BIG, 80, n, True)[0] for n in (2, 4, 8, 16)]
+    assert spare == sorted(spare) and plan.fits(S, BIG, 80, 16)[0] < spare[1]
+    big = plan.sizes(plan.built_in(QWEN.format("7B")))
+    assert plan.fits(big, BIG, 80, 8, True)[0] > 0 > plan.fits(big, BIG, 141, 8)[0]
+
+
 # ---- the command ------------------------------------------------------------------------------------------------------
 
 def command(cwd, *words):
@@ -197,7 +222,7 @@ def test_a_folder_with_nothing_but_its_configuration(tmp_path, capsys):
     SHAPES[1].save_pretrained(tmp_path)
     train.main(["--model", str(tmp_path), "--plan"])
     said = capsys.readouterr().out
-    assert f"actor {plan.sizes(SHAPES[1]).actor:,}, critic" in said and said.count(" GB: ") == 3
+    assert f"actor {plan.sizes(SHAPES[1]).actor:,}, critic" in said and said.count(" GB: ") == 6
     train.main(["--plan", "--method", "grpo", "--kl", "0", "--kl_rest", "0"])
     assert "critic 0, heads 387, reference 0" in capsys.readouterr().out
 
@@ -220,9 +245,9 @@ def test_a_bad_model_ends_the_command_with_code_2(tmp_path):
 
 # ---- configurations for accelerate ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, machines, processes", [("1gpu", 1, 1), ("4gpu", 1, 4), ("8gpu", 1, 8), ("2nodes", 2, 16)])
+@pytest.mark.parametrize("name, machines, processes", [("1gpu", 1, 1), ("4gpu", 1, 4), ("8gpu", 1, 8), ("2nodes", 2, 16), ("fsdp", 1, 8)])
 def test_accelerate_reads_its_configurations(name, machines, processes):
     read = load_config_from_file(str(ROOT / "configs" / "accelerate" / f"{name}.yaml"))
     assert (read.num_machines, read.num_processes) == (machines, processes) and read.mixed_precision == "bf16"
-    assert read.distributed_type.value == ("NO" if processes == 1 else "MULTI_GPU") and not read.use_cpu
-    assert bool(read.main_process_ip) == (machines > 1) and not read.fsdp_config and not read.deepspeed_config
+    assert read.distributed_type.value == ("NO" if processes == 1 else "FSDP" if name == "fsdp" else "MULTI_GPU") and not read.use_cpu
+    assert bool(read.main_process_ip) == (machines > 1) and bool(read.fsdp_config) == (name == "fsdp") and not read.deepspeed_config

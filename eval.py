@@ -1,7 +1,7 @@
 """Evaluate a trained agent: `python eval.py OUT [--split unseen] [--episodes N] [--greedy] [--swap planner=expert] [--json FILE]`.
 
 One pass over the split's tasks in their order, each played once; success is the world's own `won`. The protocol is printed with
-the result. What is evaluated is the last checkpoint's actor, never the best of several.
+the result. What is evaluated is the last checkpoint's actor; OUT/best is the one that won most in training, for use and not for tables.
 """
 import argparse
 import json
@@ -86,7 +86,7 @@ def read_swaps(given, config, info):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="the --out folder of a training run")
+    parser.add_argument("out", type=Path, help="the --out folder of a training run, or best/ in it")
     parser.add_argument("--split", help="default: the last split the world names (unseen, valid_unseen)")
     parser.add_argument("--episodes", type=int, help="play only the split's first N tasks; default: all")
     parser.add_argument("--temperature", type=float, default=0.4, help="sampling temperature (paper: 0.4)")
@@ -98,27 +98,29 @@ def main(argv=None):
     parser.add_argument("--json", type=Path, help="write the result there")
     args = parser.parse_args(argv)
     logging.set_verbosity_error()
+    best = args.out.name == "best" and not (args.out / "actor").exists()
+    out, model = (args.out.parent, args.out) if best else (args.out, args.out / "actor")
     try:
         if args.slots < 1:
             raise ValueError("--slots must be 1 or more")
         if args.json and not args.json.absolute().parent.is_dir():
             raise ValueError(f"--json: there is no folder {args.json.parent}")      # rather now than after the evaluation
-        config = json.loads((args.out / "config.json").read_text())
+        config = json.loads((out / "config.json").read_text())
         module = envs.world(config["env"])
         split = args.split or module.SPLITS[-1]
         tasks = range(envs.size(config["env"], split))[:args.episodes]
         if not tasks or (args.episodes or 1) < 1:
             raise ValueError("no episodes: --episodes must be 1 or more")
-        if not (args.out / "actor").is_dir():
+        if not model.is_dir():
             raise FileNotFoundError                                         # or transformers asks the hub for it
-        tokenizer = AutoTokenizer.from_pretrained(args.out / "actor", padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
         with envs.Runner(config["env"], split, 1) as runner:
             swaps = read_swaps(args.swap, config, runner.reset({0: 0})[0][1])
         device = "cuda" if torch.cuda.is_available() else "cpu"
         attention = config.get("attention") or (None if config["model"] else "eager")       # as in training
         load = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation=attention).to(device).eval()
-        actor = load(args.out / "actor")
-        frozen = load(config["model"] or config.get("start") or args.out / "start") if "frozen" in swaps.values() else None
+        actor = load(model)
+        frozen = load(config["model"] or config.get("start") or out / "start") if "frozen" in swaps.values() else None
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError, KeyError))
         sys.exit(fail(f"{args.out} holds no finished training run (config.json and actor/): give the --out of train.py"
@@ -130,7 +132,7 @@ def main(argv=None):
                           **players(swaps, runner, frozen, tokenizer, style, temperature, args.seed))
     protocol = {"run": str(args.out), "env": config["env"], "split": split, "tasks": f"first {len(tasks)} of "
                 f"{envs.size(config['env'], split)}, each once", "temperature": temperature, "seed": args.seed,
-                "history": style.history, "checkpoint": "last", **swaps}
+                "history": style.history, "checkpoint": "best" if best else "last", **swaps}
     print("protocol: " + ", ".join(f"{k} {v}" for k, v in protocol.items()))
     print(table(result))
     if result["score"] != result["success"]:

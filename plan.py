@@ -60,7 +60,7 @@ def sizes(shape, critic="separate"):
     own, blocks = policy.critic or torch.nn.Identity(), [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)]
     hidden, heads, known = shape.hidden_size, shape.num_attention_heads, lambda name: getattr(shape, name, None)
     width = known("head_dim") or hidden // heads
-    return Sizes(count(policy.actor), count(own), count(policy.heads), linear(policy.actor), linear(own), max(map(count, blocks)),
+    return Sizes(count(policy.actor), count(own), count(policy.heads), linear(policy.actor), linear(own), max(map(count, blocks), default=0),
                  count(policy) - count(*blocks), shape.num_hidden_layers, hidden, width * heads,
                  width * (known("num_key_value_heads") or heads), known("intermediate_size") or 4 * hidden, shape.vocab_size)
 
@@ -159,7 +159,7 @@ def show(config):
     print("\nActivations with gradient checkpointing and without: " + ", ".join(f"{activations(s, tokens, on) / 1e9:.2f}" for on in (True, False)))
     say = lambda spare, flags: f"yes, {spare:.1f} GB to spare" if spare >= 0 else f"no, {-spare:.1f} GB short" + f" ({flags} fits)" * bool(flags)
     print(f"What fits, {RESERVE:.0%} being left to CUDA, NCCL and fragmentation.")
-    for sharded, title in enumerate(("Weights replicated, so that more GPUs share only the episodes", "In shards, configs/accelerate/fsdp.yaml")):
+    for sharded, title in enumerate(("Weights replicated, more GPUs share only the episodes", "In shards, configs/accelerate/fsdp.yaml")):
         print(title + ":")
         for gpu in GPUS:
             answers = (f"{n} GPU{'s' * (n > 1)} {say(*fits(s, config, gpu, n, sharded))}" for n in COUNTS[sharded:])

@@ -21,6 +21,7 @@ import zipfile
 from collections import defaultdict
 from datetime import timedelta
 from pathlib import Path
+from statistics import mean
 
 import torch
 from accelerate import Accelerator
@@ -222,26 +223,37 @@ def iterate(policy, tokenizer, reference, optimizer, runner, config, accelerator
 
 # ---- saving and showing -----------------------------------------------------------------------------------------------
 
-def save(out, policy, tokenizer, optimizer, iteration, log, main=True):
-    """A checkpoint and the actor in Hugging Face's format, each complete before it takes the old one's place. By all processes."""
+def save(out, policy, tokenizer, optimizer, iteration, log, best=False, main=True):
+    """A checkpoint and the actor in Hugging Face's format, each complete before it takes the old one's place. By all processes.
+
+    best: the actor is kept in out/best as well.
+    """
     state = shard.whole({"policy": policy.state_dict(), "optimizer": optimizer.state_dict()}, main)
     if not main:
         return
-    temporary = out / "actor.tmp"
     actor = {name: state["policy"][f"actor.{name}"] for name, _ in policy.actor.named_parameters()}         # tied ones once
+    folders = [out / "actor", out / "best"][:1 + best]
     try:
         torch.save({**state, "iteration": iteration, "log": log}, out / "checkpoint.tmp")
-        policy.actor.save_pretrained(temporary, state_dict=actor)
-        tokenizer.save_pretrained(temporary)
+        for folder in folders:
+            policy.actor.save_pretrained(folder.with_suffix(".tmp"), state_dict=dict(actor))               # which it empties
+            tokenizer.save_pretrained(folder.with_suffix(".tmp"))
     except (RuntimeError, SafetensorError) as error:                        # of torch and safetensors where the disk is full
         raise OSError(errno.ENOSPC, str(error)) from None
-    shutil.rmtree(out / "actor", ignore_errors=True)
-    temporary.rename(out / "actor")
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.with_suffix(".tmp").rename(folder)
     if (out / "checkpoint.pt").exists():
         (out / "checkpoint.pt").replace(out / "checkpoint.old.pt")
     (out / "checkpoint.tmp").replace(out / "checkpoint.pt")
     write_log(out, log)
     picture(out, log)
+
+
+def best_yet(lines, every):
+    """Whether more training episodes were won since the last save than between any two before; at the first, there is no other."""
+    won = [mean(line["success"] for line in lines[k:k + every]) for k in range(0, len(lines), every)]
+    return won[-1] > max(won[:-1], default=-1)
 
 
 def load(out, device, mmap=False):
@@ -290,6 +302,8 @@ def run(config, accelerator, out):
             restore(policy, optimizer, saved)
             first, log = saved["iteration"], saved["log"]
 
+        keep = lambda iteration: save(out, policy, tokenizer, optimizer, iteration, log, best_yet(log["lines"], config.save_every), main)
+
         def test(iteration):
             with shard.unsharded(policy):
                 if not main:
@@ -318,11 +332,11 @@ def run(config, accelerator, out):
                 if config.show_every and iteration % config.show_every == 0:
                     tqdm.write(tell(episodes[0], {name: adv[0] for name, adv in credit.shown.items()}))
             if (iteration + 1) % config.save_every == 0 and iteration + 1 < config.iterations:
-                save(out, policy, tokenizer, optimizer, iteration + 1, log, main)
+                keep(iteration + 1)
             accelerator.wait_for_everyone()
         if first < config.iterations:
             test(config.iterations)
-            save(out, policy, tokenizer, optimizer, config.iterations, log, main)
+            keep(config.iterations)
         if main:
             before, after = (100 * log["evals"][i]["success"] for i in (0, -1))
             tqdm.write(f"{split}: {before:.1f} % at the start, {after:.1f} % after {config.iterations} iterations; all in {out}")

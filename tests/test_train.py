@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -558,8 +559,8 @@ def lines_of(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def actor_of(out):
-    return AutoModelForCausalLM.from_pretrained(out / "actor").state_dict()
+def actor_of(out, name="actor"):
+    return AutoModelForCausalLM.from_pretrained(out / name).state_dict()
 
 
 @pytest.fixture(scope="session")
@@ -582,7 +583,7 @@ def stopped(trained, tmp_path):
 
 def assert_same_run(out, trained):
     assert [steady(line) for line in lines_of(out)] == [steady(line) for line in lines_of(trained.out)]
-    assert same(actor_of(out), actor_of(trained.out))
+    assert same(actor_of(out), actor_of(trained.out)) and same(actor_of(out, "best"), actor_of(trained.out, "best"))
     ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (out, trained.out))
     assert same(ours["policy"], theirs["policy"]) and ours["iteration"] == theirs["iteration"]
     assert ours["log"]["evals"] == theirs["log"]["evals"]
@@ -591,7 +592,7 @@ def assert_same_run(out, trained):
 
 def test_training_writes_what_it_promises(trained):
     assert {path.name for path in trained.out.iterdir()} - {"curve.png"} == {
-        "config.json", "metrics.jsonl", "evals.jsonl", "checkpoint.pt", "checkpoint.old.pt", "actor", "start"}
+        "config.json", "metrics.jsonl", "evals.jsonl", "checkpoint.pt", "checkpoint.old.pt", "actor", "best", "start"}
     assert json.loads((trained.out / "config.json").read_text()) == {**vars(Config()), **FLAGS, "out": "run"}
     if "curve.png" in os.listdir(trained.out):
         assert (trained.out / "curve.png").read_bytes()[:4] == b"\x89PNG"
@@ -683,7 +684,7 @@ def test_a_run_stopped_between_iterations_goes_on_as_if_it_had_not(trained, stop
 def test_a_run_goes_on_in_shards_as_it_would_have_whole(trained, tmp_path, capfd):
     """From two processes' checkpoint, through rollout, update and evaluation, to the same one, which any number of processes can load."""
     whole, sharded = tmp_path / "whole", tmp_path / "sharded"
-    (tmp_path / "run.yaml").write_text(f"start: {trained.out / 'start'}\n")                                  # torchrun takes --start for its own
+    (tmp_path / "run.yaml").write_text(f"start: {trained.out / 'start'}\n")                # torchrun takes --start for its own
     train_in_two = lambda out, shards: two_processes(ROOT / "train.py", tmp_path / "run.yaml", *flags(out), ACCELERATE_USE_FSDP=shards)
     train_in_two(whole, "false")
     shutil.copytree(whole, sharded)
@@ -699,6 +700,7 @@ def test_a_run_goes_on_in_shards_as_it_would_have_whole(trained, tmp_path, capfd
     assert (sharded / "actor" / "model.safetensors").stat().st_size == (whole / "actor" / "model.safetensors").stat().st_size
     train.main([str(tmp_path / "run.yaml"), *flags(sharded)])
     assert "nothing is left to do" in capfd.readouterr().out
+    assert (sharded / "best" / "model.safetensors").exists()
     evaluation.main([str(sharded), "--episodes", "2"])
 
 
@@ -744,21 +746,52 @@ def test_no_space_left(trained, stopped, monkeypatch, capfd):
     assert_same_run(stopped, trained)
 
 
+def test_the_best_actor_is_that_of_the_save_before_which_most_was_won(trained, stopped, monkeypatch, capsys, tmp_path):
+    """On average, in training, at saves after 2, 4 and 5 iterations; stopped wherever, it is the same, and eval.py plays it."""
+    iterate, left, won = train.iterate, [3, 4], (0.1, 0.3, 0.5, 0.0, 0.2)                                   # 0.2, 0.25, 0.2
+
+    def given(*args):
+        if left and args[-1] == left[0]:
+            left.pop(0)
+            raise Stop
+        metrics, *rest = iterate(*args)
+        return {**metrics, "success": won[args[-1]]}, *rest
+    monkeypatch.setattr(train, "iterate", given)
+    start = json.loads((stopped / "config.json").read_text())
+    (stopped / "config.json").write_text(json.dumps({**start, "iterations": 5, "save_every": 2}))
+    for step in (2, 4, 5):
+        with pytest.raises(Stop) if left else nullcontext():
+            train.main(flags(stopped, iterations=5, save_every=2))
+        saved = {torch.load(stopped / name, weights_only=True)["iteration"]: torch.load(stopped / name, weights_only=True)["policy"]
+                 for name in ("checkpoint.pt", "checkpoint.old.pt") if (stopped / name).exists()}
+        assert max(saved) == step
+        assert all(torch.equal(x, saved[min(step, 4)][f"actor.{name}"]) for name, x in actor_of(stopped, "best").items())
+    assert not same(actor_of(stopped, "best"), actor_of(stopped))
+    capsys.readouterr()
+    evaluation.main([str(stopped / "best"), "--episodes", "2", "--swap", "executor=frozen"])
+    assert "checkpoint best" in capsys.readouterr().out
+    assert [train.best_yet([{"success": x} for x in won[:n]], 2) for n in (2, 4, 5)] == [True, True, False]
+    shutil.copytree(stopped, tmp_path / "best")
+    evaluation.main([str(tmp_path / "best"), "--episodes", "2"])                                            # a run of that name is a run
+    assert "checkpoint last" in capsys.readouterr().out
+
+
 def test_save_is_whole_at_any_moment(tiny_policy, tiny_tokenizer, tmp_path, monkeypatch):
     """Stop at each step of the disk: a checkpoint of before or after loads, and a second save puts everything right."""
     log, optimizer = {"lines": [{"iteration": 0}], "evals": []}, train.optimizer_of(tiny_policy, config_of())
     monkeypatch.setattr(train, "picture", lambda *_: None)
-    train.save(tmp_path, tiny_policy, tiny_tokenizer, optimizer, 1, log)
+    train.save(tmp_path, tiny_policy, tiny_tokenizer, optimizer, 1, log, best=True)
     for owner, name in ((torch, "save"), (type(tiny_policy.actor), "save_pretrained"), (shutil, "rmtree"), (Path, "rename"),
                         (Path, "replace"), (Path, "write_text")):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(owner, name, lambda *_, **__: (_ for _ in ()).throw(Stop))
             with pytest.raises(Stop):
-                train.save(tmp_path, tiny_policy, tiny_tokenizer, optimizer, 2, log)
+                train.save(tmp_path, tiny_policy, tiny_tokenizer, optimizer, 2, log, best=True)
         assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["iteration"] in (1, 2)
-        train.save(tmp_path, tiny_policy, tiny_tokenizer, optimizer, 1, log)
-        assert same(actor_of(tmp_path), tiny_policy.actor.state_dict())
-        assert {path.name for path in tmp_path.iterdir()} == {"actor", "checkpoint.pt", "checkpoint.old.pt", "metrics.jsonl", "evals.jsonl"}
+        train.save(tmp_path, tiny_policy, tiny_tokenizer, optimizer, 1, log, best=True)
+        assert same(actor_of(tmp_path), tiny_policy.actor.state_dict()) and same(actor_of(tmp_path, "best"), actor_of(tmp_path))
+        assert {path.name for path in tmp_path.iterdir()} == {
+            "actor", "best", "checkpoint.pt", "checkpoint.old.pt", "metrics.jsonl", "evals.jsonl"}
 
 
 @pytest.mark.parametrize("harm", [lambda raw: raw[:len(raw) // 2], lambda raw: b"", lambda raw: raw[:3000] + bytes(3000) + raw[6000:]],
@@ -822,7 +855,7 @@ def test_training_refuses_in_one_sentence(place, capfd, words, said):
 
 @pytest.mark.parametrize("words, said", [
     ("nowhere", "nowhere"), ("mine", "mine"), ("run", "run holds no finished"), ("typo.yaml", "typo.yaml"), ("TRAINED/actor", "actor"),
-    ("TRAINED --split test", "unseen"), ("TRAINED --episodes 0", "--episodes"), ("TRAINED --episodes -3", "--episodes"),
+    ("run/best", "run/best"), ("TRAINED --split test", "unseen"), ("TRAINED --episodes 0", "--episodes"), ("TRAINED --episodes -3", "--episodes"),
     ("TRAINED --slots 0", "--slots"), ("TRAINED --json no/folder/x.json", "no/folder")])
 def test_evaluation_refuses_in_one_sentence(trained, place, capfd, words, said):
     assert said in assert_user_error(evaluation.main, words.replace("TRAINED", str(trained.out)).split(), place, capfd)

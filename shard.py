@@ -15,10 +15,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"              # or transformers loads weights in the first process alone
+
 
 def wanted(accelerator):
     """Whether accelerate was asked for FSDP; its version 1 has no use here. Also on the CPU, where accelerate itself knows none."""
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"          # or transformers leaves all models but the first one's empty
     return accelerator.num_processes > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 

@@ -256,15 +256,15 @@ def best_yet(lines, every):
     return won[-1] > max(won[:-1], default=-1)
 
 
-def load(out, device, mmap=False):
-    """The last checkpoint that can be read, or None where none was written. UserError where all are damaged."""
+def load(out, mmap=False):
+    """The last checkpoint that can be read, or None where none was written; mmap: left on disk. UserError where all are damaged."""
     damaged = []
     for path in (out / "checkpoint.pt", out / "checkpoint.old.pt"):
         if not path.exists():
             continue
         try:
             if zipfile.is_zipfile(path):                                    # or torch tries older formats on it
-                return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except (RuntimeError, EOFError, pickle.UnpicklingError):            # of torch where bytes were altered
             pass
         damaged.append(path)
@@ -274,11 +274,12 @@ def load(out, device, mmap=False):
 
 
 def restore(policy, optimizer, saved):
-    """A checkpoint's weights and moments into these, which may be in shards."""
+    """A checkpoint's weights and moments into these, which may be in shards -> its (iteration, log)."""
     policy.load_state_dict({name: shard.like(saved["policy"][name], p) for name, p in policy.state_dict().items()})
     params = [p for group in optimizer.param_groups for p in group["params"]]
     moments = {i: {name: shard.like(x, params[i]) for name, x in state.items()} for i, state in saved["optimizer"]["state"].items()}
     optimizer.load_state_dict({**saved["optimizer"], "state": moments})
+    return saved["iteration"], saved["log"]
 
 
 def write_log(out, log):
@@ -296,11 +297,10 @@ def run(config, accelerator, out):
     with envs.Runner(config.env, module.SPLITS[0], config.env_workers) as runner:
         policy, tokenizer, reference = build(config, out, runner, accelerator)
         optimizer, first, log = optimizer_of(policy, config), 0, {"lines": [], "evals": []}
-        sharded = shard.wanted(accelerator)
-        saved = load(out, "cpu" if sharded else accelerator.device, mmap=sharded)           # else a whole one for every process
+        saved = load(out, mmap=shard.wanted(accelerator))                   # or each process would hold all of it
         if saved:
-            restore(policy, optimizer, saved)
-            first, log = saved["iteration"], saved["log"]
+            first, log = restore(policy, optimizer, saved)
+        del saved
 
         keep = lambda iteration: save(out, policy, tokenizer, optimizer, iteration, log, best_yet(log["lines"], config.save_every), main)
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Con
 import hiper
 import plan
 import train
-from config import Config, UserError
+from config import Config
 
 ROOT = Path(__file__).parent.parent
 QWEN = "Qwen/Qwen2.5-{}-Instruct"

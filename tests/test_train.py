@@ -685,7 +685,8 @@ def test_a_run_goes_on_in_shards_as_it_would_have_whole(trained, tmp_path, capfd
     """From two processes' checkpoint, through rollout, update and evaluation, to the same one, which any number of processes can load."""
     whole, sharded = tmp_path / "whole", tmp_path / "sharded"
     (tmp_path / "run.yaml").write_text(f"start: {trained.out / 'start'}\n")                # torchrun takes --start for its own
-    train_in_two = lambda out, shards: two_processes(ROOT / "train.py", tmp_path / "run.yaml", *flags(out), ACCELERATE_USE_FSDP=shards)
+    train_in_two = lambda out, shards: two_processes(ROOT / "train.py", tmp_path / "run.yaml", *flags(out), ACCELERATE_USE_FSDP=shards,
+                                                     FSDP_CPU_RAM_EFFICIENT_LOADING="true")                 # accelerate's default
     train_in_two(whole, "false")
     shutil.copytree(whole, sharded)
     (sharded / "checkpoint.old.pt").replace(sharded / "checkpoint.pt")      # the one after two iterations

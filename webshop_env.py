@@ -8,7 +8,8 @@ observation  str: the page from the instruction on; the instruction itself is `i
 reward       1.0 for a purchase that scores 1.0, else 0.0.
 terminated   something was bought. truncated: `max_steps` steps without buying.
 info         task (str), task_type (str, the product's category), admissible (list of str), won (bool), score (float: WebShop's
-             own score of the purchase, 0 to 1; its mean times 100 is the "task score" of papers), subgoals (list of str).
+             own score of the purchase, 0 to 1; its mean times 100 is the "task score" of papers), subgoals (list of str),
+             progress (float, see --checklist).
 
 Data: $WEBSHOP_DATA, see webshop.py. Unset: the made-up catalogue, and a line on stderr that says so.
 
@@ -108,7 +109,13 @@ class WebShopEnv:
         actions = ["search[<your query>]"] * (self.shop.page == "index") + [f"click[{text}]" for text in self.shop.clickables]
         return {"task": self.goal["instruction"], "task_type": self.product.category, "admissible": actions,
                 "won": self.shop.score == 1.0, "score": self.shop.score,
-                "subgoals": self.subgoals()}
+                "subgoals": self.subgoals(), "progress": self._progress()}
+
+    def _progress(self):
+        """The share of the task's subtasks that are done: the product's page open, each of its options chosen."""
+        opened = self.shop.asin == self.product.asin
+        chosen = sum(self.shop.options.get(option) == value for option, value in self._options.items()) if opened else 0
+        return (opened + chosen) / (1 + len(self._options))
 
     # ---- the oracle buyer ---------------------------------------------------------------------------------------------
 

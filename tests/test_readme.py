@@ -44,7 +44,7 @@ def test_configurations_are_read(path):
 def test_a_world_brings_its_own_settings():
     """`--env alfworld` alone is configs/alfworld.yaml, with --model the paper's; a file that is named, and flags, win."""
     tiny, paper = config.read_config(["--env=alfworld", "--episodes", "5"]), config.read_config(["--env", "webshop", "--model", "x"])
-    assert (tiny.max_response, tiny.episodes) == (48, 5) and (paper.iterations, paper.model, paper.demos) == (150, "x", 0)
+    assert (tiny.max_response, tiny.episodes) == (40, 5) and (paper.iterations, paper.model, paper.demos) == (150, "x", 0)
     named = config.read_config([str(ROOT / "configs" / "alfworld-1.5b.yaml"), "--env", "webshop"])
     assert named.lr == 1e-6 and named.env == "webshop"
     assert config.read_config(["--env", "household"]) == config.read_config([]) and config.read_config(["--env", "moon"]).env == "moon"

@@ -312,12 +312,14 @@ def test_the_expert_follows_whatever_subgoal_one_could_have(world):
     *choices, buy = info["subgoals"]
     order = list(env.product.options)
     assert buy == "buy" and choices == [f"choose {env._options[o]}" for o in sorted(env._options, key=order.index)]
+    parts = 1 + len(choices)
+    assert info["progress"] == 1 / parts
     switch, subgoal, action = env.expert(choices[1])
     assert (switch, subgoal, action) == (False, choices[1], f"click[{choices[1].removeprefix('choose ')}]")
     env.step("click[Features]")
     assert env.expert(choices[1]) == (False, choices[1], "click[< Prev]")
     env.step("click[< Prev]")
-    env.step(action)
+    assert env.step(action)[-1]["progress"] == 2 / parts
     assert env.expert(choices[1])[:2] == (True, choices[0]) and env.expert("buy") == (False, "buy", "click[Buy Now]")
     assert not env.step("click[Buy Now]")[-1]["won"] and env.expert("buy") is None
 

@@ -56,13 +56,15 @@ def demonstrations(runner, tasks, *, plan_noise, act_noise=0.0, slips, style, se
 
 def train_tokenizer(texts, vocab_size=2048):
     """Qwen2's own tokenizer class, its byte-level BPE learnt from `texts` (no text is unknown); a tag or a name such as
-    ` drawer 1` or a product's number is one token of its own. -> Qwen2Tokenizer, which AutoTokenizer finds again beside a Qwen2 model."""
+    ` drawer 1`, a product's number or an option of its is one token of its own. -> Qwen2Tokenizer, which AutoTokenizer finds again beside a Qwen2 model."""
     end = "<|endoftext|>"
     letters = pre_tokenizers.ByteLevel.alphabet()
     tokenizer = Qwen2Tokenizer({token: i for i, token in enumerate([end, *sorted(letters)])}, [])
     tokenizer = tokenizer.train_new_from_iterator(texts, vocab_size, initial_alphabet=letters, show_progress=False)
     names = Counter(name for text in texts for name in re.findall(r"</?[a-z]+>|KEEP|SWITCH|go to| [a-z]+ \d+|\bB[0-9A-Z]{9}\b", text))
+    options = Counter(name for text in texts for name in re.findall(r"click\[([a-z0-9][^][]+)\]", text))
     tokenizer.add_tokens([AddedToken(name, normalized=False) for name, _ in names.most_common(vocab_size)])
+    tokenizer.add_tokens([AddedToken(name, normalized=False, single_word=True) for name, _ in options.most_common(vocab_size)])
     return tokenizer
 
 

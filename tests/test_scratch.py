@@ -72,9 +72,13 @@ def test_a_worker_lost_while_he_is_asked_again(monkeypatch):
 
 
 def test_names_are_one_token():
-    tokenizer = scratch.train_tokenizer(["go to drawer 1, take mug 2", "[SEP] B09S3BN15C [SEP] Shirt", "click[B09S3BN15C]"] * 3)
+    tokenizer = scratch.train_tokenizer(["go to drawer 1, take mug 2", "[SEP] B09S3BN15C [SEP] Shirt", "click[B09S3BN15C]",
+                                         "size [SEP] x-large [SEP] xx-large", "click[x-large]", "click[large]"] * 3)
     for text in (" drawer 1", " mug 2", "B09S3BN15C"):
         assert len(tokenizer(text)["input_ids"]) == 1
+    pieces = lambda text: tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
+    assert "x-large" in pieces("with size: x-large, and") and "x-large" in pieces("<action>click[x-large]</action>")
+    assert "x-large" not in pieces("xx-large") and "large" in pieces("[SEP] large [SEP]")
     assert tokenizer("B09S3BN15C")["input_ids"][0] in tokenizer("click[B09S3BN15C]")["input_ids"]
 
 

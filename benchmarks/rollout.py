@@ -47,7 +47,7 @@ def generate(actor, tokenizer, prompts, style, stop):
     """Left-padded prompts -> sampled responses, cut after `</action>`."""
     if stop:
         return rollout.generate(actor, tokenizer, prompts, temperature=1.0, max_response=style.max_response)
-    batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
+    batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(actor.device)
     config = GenerationConfig(max_new_tokens=style.max_response, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
                               eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     rows = actor.generate(**batch, generation_config=config)[:, batch["input_ids"].shape[1]:].tolist()

@@ -88,12 +88,12 @@ def variant(policy, samples, full, unsorted):
 
 # ---- data and measuring ----
 
-def turns(n, prompts, vocab):
-    """n made-up turns, each third of a response one decision's -> (Samples, old and reference Scores, Credit)."""
+def turns(n, prompts, vocab, responses=(12, 24)):
+    """n made-up turns, prompts and responses of so many tokens, each third of a response one decision's -> (Samples, Credit)."""
     g = torch.Generator().manual_seed(0)
     draw = lambda low, high: torch.randint(low, high + 1, (n,), generator=g)
     ids = lambda sizes: [torch.randint(vocab, (k,), generator=g).tolist() for k in sizes.tolist()]
-    prompt_lengths, lengths = draw(*prompts), draw(12, 24)
+    prompt_lengths, lengths = draw(*prompts), draw(*responses)
     offset = torch.arange(int(lengths.max()))
     spoken = offset < lengths[:, None]                                  # [N, L]
     kind = (3 * offset // lengths[:, None]).clamp(max=2)

@@ -56,6 +56,8 @@ class Config:
     lam_high: float = knob(0.95, "lambda of the planner, per segment (paper: 0.95)")
     decisions: str = knob("switch,subgoal,action", "hiper: decisions that are trained. `switch,subgoal`: how far does the planner "
                           "alone get? `action`: how far the executor alone? (paper: all three)")
+    whiten: str = knob("together", "hiper: advantages are scaled to unit variance together, which keeps the proportions of Theorem 4.1, or "
+                       "each decision's by themselves (paper: each)")
     switch_advantage: str = knob("critic", "hiper: critic, G - V_switch (released code), or gain, (q - beta)(V_high - V_keep) (paper)")
     heads: int = knob(3, "hiper: 3 value heads, or 2, with V_switch put together from the others: is the third worth having? (released code: 3)")
     targets: str = knob("lambda", "hiper: values learn lambda-returns (released code) or td0, one-step targets (paper)")
@@ -136,7 +138,7 @@ def check(config):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"--{name} must lie in [0, 1], not {getattr(config, name)}")
     for name, choices in {"method": METHODS, "prompt": ("plan-execute", "flat"), "critic": ("separate", "shared"), "heads": (2, 3),
-                          "switch_advantage": ("critic", "gain"), "targets": ("lambda", "td0")}.items():
+                          "whiten": ("together", "each"), "switch_advantage": ("critic", "gain"), "targets": ("lambda", "td0")}.items():
         if getattr(config, name) not in choices:
             raise UserError(f"--{name} must be {' or '.join(map(str, choices))}, not {getattr(config, name)!r}")
     if not re.fullmatch("learned|single|every-turn|fixed:[1-9][0-9]*", config.segments):

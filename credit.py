@@ -84,8 +84,8 @@ def gigpo(episode_return: Tensor, rewards: Tensor, mask: Tensor, group: Tensor, 
 def assign(batch, old, config, whiten: Callable, ends=None, v_keep: Optional[Tensor] = None) -> Credit:
     """The credit of one iteration by `config.method`.
 
-    old, ends: Scores of batch.samples and batch.ends (values only where the method has a critic). whiten(adv, where): `normalize`
-    over all processes. v_keep [N]: V_low(s_t, o_{t-1}), where `needs_keep(config)`.
+    old, ends: Scores of batch.samples and batch.ends (values only where the method has a critic). whiten(adv, where, scale):
+    `normalize` over all processes. v_keep [N]: V_low(s_t, o_{t-1}), where `needs_keep(config)`.
     """
     return hierarchical(batch, old, ends, config, whiten, v_keep) if config.method == "hiper" else flat(batch, old, ends, config, whiten)
 
@@ -113,15 +113,29 @@ def hierarchical(batch, old, ends, config, whiten, v_keep=None) -> Credit:
     target = hae(**inputs, lam_low=0.0, lam_high=0.0) if config.targets == "td0" else raw       # the paper's, the release's
     if config.switch_advantage == "gain":
         raw = raw._replace(adv_switch=switch_gain(batch.switch, beta, high, keep) * decides)
-    masks = Masks(*(m & (name in config.decisions.split(",")) for name, m in zip(DECISIONS, batch.samples.masks)))
-    adv, trained = token_advantages(masks, batch.flat(opened), *(batch.flat(whiten(a, where)) for a, where in (
-        (raw.adv_switch, decides), (raw.adv_subgoal, opened), (raw.adv_action, batch.mask))))  # [N, L]
+    learns = [name in config.decisions.split(",") for name in DECISIONS]
+    masks = Masks(*(m & on for m, on in zip(batch.samples.masks, learns)))
+    wheres = [where & on for where, on in zip((decides, opened, batch.mask), learns)]
+    scaled = scale((raw.adv_switch, raw.adv_subgoal, raw.adv_action), wheres, whiten, config.whiten)
+    adv, trained = token_advantages(masks, batch.flat(opened), *map(batch.flat, scaled))        # [N, L]
     trained &= ~masks.switch | batch.flat(decides)[:, None]
     everywhere = batch.flat(batch.mask)                                 # [N] all True
     targets = {"high": (batch.flat(target.ret_high), batch.flat(opened)), "low": (batch.flat(target.ret_low), everywhere)}
     if config.heads == 3:
         targets["switch"] = batch.flat(target.ret_switch), everywhere
     return Credit(adv, trained, targets, {"A_subgoal": raw.adv_subgoal, "A_action": raw.adv_action, "A_switch": raw.adv_switch})
+
+
+def scale(advantages, wheres, whiten, how):
+    """Advantages [B, T] of several decisions, centred each, at unit variance all together or `each` (the paper).
+
+    Together they keep the proportions that the policy gradient has (Thm 4.1). Each at unit variance, a decision at which nothing is to
+    be learnt any more is as loud as one at which everything is.
+    """
+    if how == "each":
+        return [whiten(adv, where) for adv, where in zip(advantages, wheres)]
+    centred = [whiten(adv, where, scale=False) for adv, where in zip(advantages, wheres)]
+    return whiten(torch.cat(centred, 1), torch.cat(wheres, 1)).split(centred[0].shape[1], 1)
 
 
 def flat(batch, old, ends, config, whiten) -> Credit:

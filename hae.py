@@ -110,8 +110,8 @@ def switch_gain(switch: Tensor, p_switch: Tensor, v_high: Tensor, v_keep: Tensor
 
 
 @torch.no_grad()
-def normalize(adv: Tensor, where: Tensor) -> Tensor:
-    """Zero mean and unit variance over the turns that have the decision, zero elsewhere; any one shape.
+def normalize(adv: Tensor, where: Tensor, scale: bool = True) -> Tensor:
+    """Zero mean and, with `scale`, unit variance over the turns that have the decision, zero elsewhere; any one shape.
 
     Call it on the whole batch: means of micro-batches do not average to the mean. Equal advantages are only centred.
     """
@@ -120,7 +120,7 @@ def normalize(adv: Tensor, where: Tensor) -> Tensor:
     centred = (x - x.sum() / n) * where
     std = (centred.square().sum() / n).sqrt()
     low, high = x.masked_fill(~where, torch.inf).amin(), x.masked_fill(~where, -torch.inf).amax()
-    return torch.where(high > low, centred / (std + 1e-8), centred).to(adv.dtype)  # not std > 0: rounding lifts it off 0
+    return torch.where(scale & (high > low), centred / (std + 1e-8), centred).to(adv.dtype)  # not std > 0: rounding lifts it off 0
 
 
 def reverse_scan(d: Tensor, c: Tensor) -> Tensor:

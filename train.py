@@ -98,12 +98,12 @@ def optimizer_of(policy, config):
 # ---- one iteration ----------------------------------------------------------------------------------------------------
 
 def whitener(accelerator):
-    """`normalize` over the turns of all processes: a function (adv [B, T], where [B, T]) -> [B, T]."""
-    def whiten(adv, where):
+    """`normalize` over the turns of all processes: a function (adv [B, T], where [B, T], scale) -> [B, T]."""
+    def whiten(adv, where, scale=True):
         both = torch.stack([adv.flatten(), where.flatten()]).T.to(accelerator.device)              # [B T, 2]
         everyone = accelerator.gather(accelerator.pad_across_processes(both)).cpu()
         width = len(everyone) // accelerator.num_processes
-        mine = normalize(everyone[:, 0], everyone[:, 1].bool())[accelerator.process_index * width:]
+        mine = normalize(everyone[:, 0], everyone[:, 1].bool(), scale)[accelerator.process_index * width:]
         return mine[:adv.numel()].view_as(adv)
     return whiten
 

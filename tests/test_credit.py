@@ -44,7 +44,7 @@ def scores_of(n, seed=1):
 
 
 def config_of(method="hiper", **changes):
-    return Config(**{**dict(method=method, gamma=0.9, lam_low=0.8, lam_high=0.7, lam=0.6), **changes})
+    return Config(**{**dict(method=method, gamma=0.9, lam_low=0.8, lam_high=0.7, lam=0.6, whiten="each"), **changes})
 
 
 def turns(batch):
@@ -160,6 +160,20 @@ def test_hiper_trains_each_decision_where_it_is_made():
     assert torch.equal(got.targets["high"][1], x.flat(x.switch)) and got.targets["low"][1].all()
     for head, want in (("high", raw.ret_high), ("low", raw.ret_low), ("switch", raw.ret_switch)):
         torch.testing.assert_close(got.targets[head][0], x.flat(want))
+
+
+@pytest.mark.parametrize("decisions", ["switch,subgoal,action", "switch,action", "subgoal"])
+def test_scaled_together_advantages_keep_their_proportions(decisions):
+    """Each decision's mean is taken off, then one standard deviation of all that are trained divides them all (Thm 4.1 but for a factor)."""
+    x = batch_of()
+    old, ends = scores_of(len(x.row)), scores_of(B, 2)
+    got, raw = assign(x, old, config_of(whiten="together", decisions=decisions), normalize, ends), hae_of(x, old, ends)
+    each = {"switch": (raw.adv_switch, x.mask & (torch.arange(T) > 0)), "subgoal": (raw.adv_subgoal, x.switch), "action": (raw.adv_action, x.mask)}
+    centred = {name: (adv - adv[where].mean()) * where for name, (adv, where) in each.items()}
+    chosen = torch.cat([centred[name][each[name][1]] for name in decisions.split(",")])
+    for k, name in enumerate(credit.DECISIONS):
+        wanted = x.flat(centred[name] / chosen.square().mean().sqrt())[:, None].expand(-1, 2) * (name in decisions)
+        torch.testing.assert_close((got.adv * got.trained)[:, 2 * k:2 * k + 2], wanted)
 
 
 @pytest.mark.parametrize("decisions", ["switch,subgoal", "action", "subgoal"])

@@ -48,7 +48,7 @@ def config_of(**changes):
     plain = dict(episodes=6, slots=4, iterations=10, gamma=0.9, lam_low=0.8, lam_high=0.7, bootstrap=False, lr=1.0, critic_lr=1.0,
                  lr_end=0.1, critic_warmup=0, epochs=1, minibatch=BIG, tokens_per_batch=BIG, clip=0.2, value_clip=0.0, kl=0.1, kl_rest=0.3,
                  max_grad_norm=1e9,
-                 temperature=1.0, seed=0, cpu=True)
+                 temperature=1.0, seed=0, cpu=True, whiten="each")
     return Config(**{**plain, **changes})
 
 

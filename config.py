@@ -52,8 +52,8 @@ class Config:
     segments: str = knob("learned", "learned, or imposed: single, every-turn, fixed:K. Do learned boundaries matter? (paper: learned)")
     # credit
     gamma: float = knob(0.95, "discount per turn (paper: 1.0)")
-    lam_low: float = knob(1.0, "lambda of the executor, per turn (paper: 1.0)")
-    lam_high: float = knob(0.95, "lambda of the planner, per segment (paper: 0.95)")
+    lam_low: float = knob(0.9, "lambda of the executor, per turn (paper: 1.0)")
+    lam_high: float = knob(0.7, "lambda of the planner, per segment (paper: 0.95)")
     decisions: str = knob("switch,subgoal,action", "hiper: decisions that are trained. `switch,subgoal`: how far does the planner "
                           "alone get? `action`: how far the executor alone? (paper: all three)")
     whiten: str = knob("together", "hiper: advantages are scaled to unit variance together, which keeps the proportions of Theorem 4.1, or "

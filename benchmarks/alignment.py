@@ -1,4 +1,4 @@
-"""How much of each estimator's gradient is signal? `python benchmarks/signal.py [--start runs/household-0/start]`, ten minutes.
+"""How much of each estimator's gradient is signal? `python benchmarks/alignment.py [--start runs/household-0/start]`, ten minutes.
 
 Before any training: the start model plays K batches of tasks, eight episodes each, and every estimator gets the same batches, the same critic
 (the start's, trained on as many episodes of other tasks, for flat PPO its V of all turns) and the loss of train.update at ratio 1. Shown is
@@ -126,7 +126,7 @@ def main():
         args.json.write_text(json.dumps({"start": str(args.start), "batches": args.batches, "episodes": 8 * args.tasks, "won": sum(won) / len(won),
                                          "alignment": aligned}, indent=1) + "\n")
     ours, flat = (max(cosine for name, cosine in aligned.items() if name.startswith(kind)) for kind in ("hiper", "ppo"))
-    print(f"HiPER's best against flat GAE's best, alignment squared\nsignal: {(ours / flat) ** 2:.1f}x")
+    print(f"HiPER's best against flat GAE's best, alignment squared\nalignment: {(ours / flat) ** 2:.1f}x")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)              # this folder's hae.py and rollout.py are not the library's
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)          # this folder's hae.py and rollout.py are not the library's
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -352,3 +352,16 @@ def test_a_batch_numbers_tasks_and_states(tiny_actor, tiny_tokenizer):
         for t, u in ((0, 0), (3, 3), (2, 7)):
             assert (batch.state[b, t] == batch.state[c, u]).item() == (pages[b][t] == pages[c][u])
     assert batch.state[0, 0] == batch.state[2, 0]
+
+
+def test_alignment_is_the_cosine_with_a_truth_that_is_only_seen_through_noise():
+    """benchmarks/alignment.py: no batch meets itself, the lengths of the unbiased estimators do not matter, a bias shows."""
+    from benchmarks.alignment import alignment
+    g, truth = torch.Generator().manual_seed(0), torch.zeros(40, dtype=torch.float64)
+    truth[0] = 1.0
+    noisy = lambda scale, sd: scale * truth + sd * torch.randn(3000, 40, generator=g, dtype=torch.float64)
+    unbiased, one = [noisy(1.0, 0.5), noisy(5.0, 1.0)], noisy(2.0, 0.3)
+    want = 2 / (4 + 40 * 0.09) ** 0.5
+    assert abs(alignment(one, unbiased) - want) < 0.02
+    assert abs(alignment(unbiased[0], unbiased) - 1 / (1 + 40 * 0.25) ** 0.5) < 0.02
+    assert abs(alignment(one + 2 * truth.roll(1), unbiased) - 2 / (8 + 40 * 0.09) ** 0.5) < 0.02

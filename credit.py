@@ -11,7 +11,7 @@ no critic. What each takes from `Batch` is the same, so that methods differ by t
 
 Deviations: (1) returns are discounted by `gamma` for every method (the papers: 1), so that all pursue the same objective;
 (2) standard deviations are sample ones (n - 1), and a group of one has advantage 0; (3) RLOO's advantages are scaled to unit
-variance over the batch as PPO's are, which Adam hardly notices and the KL weight does.
+variance over the batch as PPO's are, which Adam hardly notices and the KL weight does; (4) HiPER's three are scaled together (`scale`).
 
 B episodes, T turns, N turns in all, L response tokens.
 """

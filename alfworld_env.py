@@ -9,7 +9,7 @@ reward       1.0 on the step that wins, else 0.0.
 terminated   the goal is reached (`info["won"]`); a game cannot be lost.
 truncated    `max_steps` steps were taken without winning.
 info         task (str, what follows "Your task is to: "), task_type (str, one of TASK_TYPES), admissible (list[str]),
-             won (bool), score (float, 0 or 1), gamefile (str). All six at every turn, in new objects.
+             won (bool), score (float, 0 or 1), gamefile (str), subgoals (list[str], see `subgoals`). All seven at every turn, in new objects.
 
 An action must equal an admissible one; any other answers "Nothing happens." and costs a step.
 
@@ -21,7 +21,7 @@ Differences from alfworld's own AlfredTWEnv:
  1. A split is a sorted list of games, one env per game, in place of a shuffled endless stream.
  2. The observation has neither the title line nor the task sentence; "help" is not among the admissible actions.
  3. `won` and the step limit are told apart, and `gamefile` is present at every step, not at reset only.
- 4. The expert follows the game's stored walkthrough: no planner (minutes on some games), no hand-coded agent.
+ 4. The expert has its knowledge from the game's stored walkthrough: no planner (minutes on some games).
  5. The engine remembers what it has translated, parsed and worded: per core about 20 times the steps per second, and resets
     in 0.05 to 0.2 s instead of 1 to 2.5 (benchmarks/alfworld.py), with the same text throughout.
 """
@@ -44,7 +44,7 @@ TASK_TYPES = ("pick_and_place_simple", "look_at_obj_in_light", "pick_clean_then_
 
 TITLE, TASK, NOTHING = "-= Welcome to TextWorld, ALFRED! =-", "Your task is to: ", "Nothing happens."
 DEEDS = ("take", "move", "clean", "heat", "cool", "use")  # the verbs that complete a subgoal
-LOOKS = ("look", "inventory", "examine", "help")          # the verbs that change nothing
+APPLIANCES = {"clean": "sinkbasin 1", "heat": "microwave 1", "cool": "fridge 1"}
 GAMES, SENTENCES, FACTS = 512, 512, 20_000                # how much the engine remembers, about 60 MB: see _engine_class
 SOLVABLE = re.compile(rb'"solvable":\s*true')             # much cheaper than parsing some thousand 80 kB files
 
@@ -128,7 +128,8 @@ class AlfworldEnv:
     def __init__(self, gamefile, max_steps=50):
         self.gamefile, self.max_steps = str(gamefile), max_steps
         self._game = json.loads(Path(gamefile).read_text(encoding="utf-8"))
-        self._engine, self._steps, self._plan = None, None, ()  # _steps is None where no episode is running
+        self._engine, self._steps = None, None                  # _steps is None where no episode is running
+        self._read(self._game.get("walkthrough") or ())
         if not self._game.get("solvable"):
             raise RuntimeError(f"{gamefile} is not marked solvable: winning it may be impossible, so it is not played")
         if '"move {o} to {r}"' not in self._game["grammar"]:
@@ -146,7 +147,8 @@ class AlfworldEnv:
                 self._engine = engine
             state = self._engine.reset()
         self._steps = 0
-        self._plan, self._at, self._place, self._finished = tuple(self._game.get("walkthrough") or ()), 0, None, False
+        self._place, self._held, self._lies, self._state, self._delivered = None, None, {}, {}, set()
+        self._places = sorted((a.removeprefix("go to ") for a in state.admissible_commands if a.startswith("go to ")), key=_natural)
         room, _, task = state.feedback.partition(TASK)
         self._task = task.strip()
         return room.replace(TITLE, "").strip(), self._info(state)
@@ -170,46 +172,133 @@ class AlfworldEnv:
         """End the episode and lend the engine to the next env of this process. A later reset starts over."""
         if self._engine is not None:
             _idle.append(self._engine)
-        self._engine, self._steps, self._plan = None, None, ()
+        self._engine, self._steps = None, None
 
     def expert(self, subgoal):
         """What a demonstrator does now who carries `subgoal`: (switch, subgoal, action), or None where it cannot say.
 
-        It follows the walkthrough. Going, opening and closing belong to the deed that comes next, and that deed,
-        without numbers, is the subgoal. `switch` is True where the subgoal changes or the last step completed one.
-        After a stray `go to` it walks back; after any other departure that changed the world it says None until the
-        next reset."""
-        coming = self._plan[self._at:] if self._steps is not None else ()
-        if not coming:
+        What is to be done it has from the walkthrough. Where a thing lies it pretends not to know: it begins up to four places before
+        and looks into one after the other, in the order of their names, as one can who does not know. KEEP until the subgoal is
+        reached or hopeless, whether or not it serves the task; else SWITCH to one that does.
+        """
+        if self._steps is None or not self._kind:
             return None
-        action = coming[0]
-        place = next((a for a in reversed(self._plan[:self._at]) if a.startswith("go to ")), None)
-        if not action.startswith("go to ") and place != self._place:
-            action = place or action
-        wanted = _subgoal(next((a for a in coming if _verb(a) in DEEDS), coming[-1]))
-        return self._finished or wanted != subgoal, wanted, action
+        keeps = self._pursue(subgoal)
+        goal = subgoal if keeps else self._plan()
+        action = keeps or self._pursue(goal)
+        return (not keeps, goal, action) if action else None
+
+    def subgoals(self):
+        """All that one could set out to do now; what the task wants is among them. Empty for a game without walkthrough."""
+        if not self._kind:
+            return []
+        if self._held is None:
+            return [f"find and take {self._kind}"]
+        if _kind(self._held) != self._kind:
+            return [f"put down {_kind(self._held)}"]
+        treat = [f"{verb} {self._kind}" for verb, place in APPLIANCES.items()
+                 if place in self._places and verb not in self._state.get(self._held, ())]
+        return treat + [self._light] * bool(self._light) + [f"put {self._kind} in {_kind(self._dest)}"] * bool(self._dest)
+
+    def _read(self, walkthrough):
+        """What the walkthrough gives away: the things and where they lie, what to do with them, where to bring them."""
+        places, self._things, self._kind, self._treat, self._dest, self._light, self._lamp = [None], {}, "", "", "", "", None
+        for action in walkthrough:
+            verb, words = _verb(action), re.split(" from | to | with ", action.partition(" ")[2])
+            if verb == "go":
+                places.append(action.removeprefix("go to "))
+            elif verb == "take":
+                self._things[words[0]], self._kind = words[1], self._kind or _kind(words[0])
+            elif verb in APPLIANCES:
+                self._treat = verb
+            elif verb == "move":
+                self._dest = words[1]
+            elif verb == "use":
+                self._light, self._lamp = _subgoal(action), places[-1]
+
+    def _plan(self):
+        """The subgoal that serves the task now."""
+        goals = self.subgoals()
+        if self._held is None or _kind(self._held) != self._kind:
+            return goals[0]
+        return f"{self._treat} {self._kind}" if self._treat and not self._treated(self._held) else goals[-1]
+
+    def _treated(self, thing):
+        return not self._treat or self._treat in self._state.get(thing, ())
+
+    def _pursue(self, subgoal):
+        """The next action towards `subgoal`, or None where it is reached, hopeless or not one of ours."""
+        if subgoal not in self.subgoals():
+            return None
+        verb, held = _verb(subgoal), self._held
+        if verb == "find":
+            return self._find()
+        if verb == "use":
+            here = [a for a in self._admissible if a.startswith(subgoal)]
+            return here[0] if here else self._reach(self._lamp)
+        if verb in APPLIANCES:
+            place = APPLIANCES[verb]
+            action = f"{verb} {held} with {place}"
+            return next((a for a in (action, f"go to {place}") if a in self._admissible), None)
+        down = self._place or self._places[0]
+        spot = down if verb == "put" and (subgoal.startswith("put down") or _kind(down) == _kind(self._dest)) else self._dest
+        return self._reach(spot) or f"move {held} to {spot}"
+
+    def _find(self):
+        """Take one of the things, or look into the next place on the way to it."""
+        lying = {thing: self._lies.get(thing, place) for thing, place in self._things.items() if thing not in self._delivered}
+        here = [a for a in self._admissible if a.startswith(f"take {self._kind} ") and a[5:].split(" from ")[0] not in self._delivered]
+        if here or not lying:
+            return here[0] if here else None
+        thing, place = next(iter(lying.items()))
+        end = self._places.index(place)
+        route = self._places[max(0, end - zlib.crc32(f"{self.gamefile} {thing}".encode()) % 5):end + 1]
+        shut, ahead = (self._reach(self._place), route[route.index(self._place) + 1:]) if self._place in route else (None, route)
+        return shut or next(filter(None, map(self._reach, ahead)), None)
+
+    def _reach(self, place):
+        """The next action on the way to `place` standing open, or None when that is done. Two places may be one spot to stand on."""
+        return next((action for action in (f"go to {place}", f"open {place}") if action in self._admissible), None)
 
     def _follow(self, action, observation):
-        """Keep the expert's position in the walkthrough."""
-        self._finished = False
+        """Keep in mind where one is, what is in hand and what has been done."""
         if observation == NOTHING:
             return
-        if self._plan[self._at:self._at + 1] == (action,):
-            self._at += 1
-            self._finished = _verb(action) in DEEDS
-        elif _verb(action) not in (*LOOKS, "go"):
-            self._plan = ()
-        if _verb(action) == "go":
-            self._place = action
+        verb, rest = _verb(action), action.partition(" ")[2]
+        thing, _, place = re.sub(" (from|to|with) ", "|", rest, count=1).partition("|")
+        if verb == "go":
+            self._place = action.removeprefix("go to ")
+        elif verb == "take":
+            self._held = thing
+            self._delivered.discard(thing)
+        elif verb == "move":
+            self._held, self._lies[thing] = None, place
+            if self._dest and _kind(place) == _kind(self._dest) and _kind(thing) == self._kind and self._treated(thing):
+                self._delivered.add(thing)
+        elif verb in APPLIANCES:
+            undone = {"heat", "cool"} if verb != "clean" else set()
+            self._state[thing] = self._state.get(thing, set()) - undone | {verb}
 
     def _info(self, state):
+        self._admissible = [a for a in state.admissible_commands if a != "help"]
         return {"task": self._task, "task_type": task_type(self.gamefile),
-                "admissible": [a for a in state.admissible_commands if a != "help"],
+                "admissible": list(self._admissible), "subgoals": self.subgoals(),
                 "won": bool(state.won), "score": float(state.won), "gamefile": self.gamefile}
 
 
 def _verb(action):
     return action.split(" ", 1)[0]
+
+
+def _kind(name):
+    """'mug 2' -> 'mug'"""
+    return name.rpartition(" ")[0]
+
+
+def _natural(name):
+    """Names in the order of kind and number."""
+    kind, _, number = name.rpartition(" ")
+    return kind, int(number)
 
 
 def _subgoal(deed):

@@ -20,16 +20,16 @@ MISSING = ("ALFWORLD_DATA is not set" if not os.environ.get("ALFWORLD_DATA") els
            "textworld is not installed" if not importlib.util.find_spec("textworld") else
            "textworld fails on Python 3.13 and newer" if sys.version_info >= (3, 13) else "")
 plays = pytest.mark.skipif(bool(MISSING), reason=MISSING)
-KEYS = {"task", "task_type", "admissible", "won", "score", "gamefile"}
+KEYS = {"task", "task_type", "admissible", "won", "score", "gamefile", "subgoals"}
 
 
 def walkthrough(env):
     return json.loads(Path(env.gamefile).read_text())["walkthrough"]
 
 
-def first_of(split, kind):
+def first_of(split, kind, **kwargs):
     """An env of the first game of that task type."""
-    return make(split, [task_type(file) for file in games(split)].index(kind))
+    return make(split, [task_type(file) for file in games(split)].index(kind), **kwargs)
 
 
 def play(env, actions):
@@ -179,21 +179,42 @@ def test_the_expert_wins_and_switches_once_per_deed(kind):
 
 
 @plays
-def test_the_expert_walks_back_from_a_stray_step_and_gives_up_after_a_deed(env):
-    rng, plan, (_, info), subgoal = random.Random(0), walkthrough(env), env.reset(), ""
-    elsewhere = next(action for action in info["admissible"] if action.startswith("go to") and action != plan[0])
-    while not info["won"]:               # every other time wander off, look around or talk nonsense instead
+def test_the_expert_finds_back_from_whatever_was_done(kind="pick_two_obj_and_place"):
+    """Every third action is another's: strays, things put down elsewhere, doors shut."""
+    env = first_of("valid_unseen", kind, max_steps=200)
+    rng, (_, info), subgoal = random.Random(0), env.reset(), ""
+    while not info["won"]:
         _, subgoal, action = env.expert(subgoal)
-        idle = [action for action in info["admissible"] if action.startswith(("go to", "examine", "look"))]
-        info = env.step(action if rng.random() < 0.5 else rng.choice([*idle, "dance with mug 1"]))[-1]
-    play(env, [plan[0], elsewhere])
-    assert env.expert("")[2] == plan[0]
+        info = env.step(rng.choice([*info["admissible"], "dance with mug 1"]) if rng.random() < 0.3 else action)[-1]
+    env.close()
 
-    taken = next(step for step, action in enumerate(plan) if action.startswith("take"))
-    play(env, plan[:taken + 1])
-    assert env.expert("")
-    back = plan[taken].replace("take", "move").replace(" from ", " to ")
-    assert env.step(back)[0] != "Nothing happens." and env.expert("") is None
+
+@plays
+def test_the_expert_pursues_what_he_is_told_whether_or_not_it_helps():
+    """Heat what should be clean, put it down too early: he does it, and then does what is needed."""
+    env = first_of("valid_unseen", "pick_clean_then_place_in_recep", max_steps=200)
+    env.reset()
+    find, = env.subgoals()
+    assert find.startswith("find and take ") and env.expert("")[:2] == (True, find)
+    while env.subgoals() == [find]:
+        switch, said, action = env.expert(find)
+        assert (switch, said) == (False, find)
+        info = env.step(action)[-1]
+    treat, put = env.subgoals()[0], env.subgoals()[-1]
+    assert treat == find.replace("find and take", "clean") and put.startswith(find.replace("find and take", "put") + " in ")
+    assert info["subgoals"] == env.subgoals() and env.expert(find)[:2] == (True, treat)
+    while put in env.subgoals():                                # too early
+        switch, said, action = env.expert(put)
+        assert (switch, said) == (False, put)
+        info = env.step(action)[-1]
+    assert not info["won"] and env.expert(put)[:2] == (True, find)
+    subgoal, told = put, []
+    while not info["won"]:
+        switch, subgoal, action = env.expert(subgoal)
+        told += [subgoal] * switch
+        info = env.step(action)[-1]
+    assert told == [find, treat, put]
+    env.close()
 
 
 def test_subgoals_carry_no_numbers():

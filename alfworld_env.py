@@ -193,35 +193,37 @@ class AlfworldEnv:
         if not self._kind:
             return []
         if self._held is None:
-            return [f"find and take {self._kind}"]
+            return [self._seek]
         if _kind(self._held) != self._kind:
             return [f"put down {_kind(self._held)}"]
-        treat = [f"{verb} {self._kind}" for verb, place in APPLIANCES.items()
+        treat = [_subgoal(f"{verb} {self._held} with {place}") for verb, place in APPLIANCES.items()
                  if place in self._places and verb not in self._state.get(self._held, ())]
-        return treat + [self._light] * bool(self._light) + [f"put {self._kind} in {_kind(self._dest)}"] * bool(self._dest)
+        bring = [_subgoal(f"move {self._held} to {self._dest}")] if self._dest else []
+        return treat + [self._light] * bool(self._light) + bring
 
     def _read(self, walkthrough):
         """What the walkthrough gives away: the things and where they lie, what to do with them, where to bring them."""
-        places, self._things, self._kind, self._treat, self._dest, self._light, self._lamp = [None], {}, "", "", "", "", None
+        here, self._things, self._kind, self._seek, self._treat, self._dest, self._light, self._lamp = None, {}, "", "", "", "", "", None
         for action in walkthrough:
-            verb, words = _verb(action), re.split(" from | to | with ", action.partition(" ")[2])
+            verb, thing, place = _parts(action)
             if verb == "go":
-                places.append(action.removeprefix("go to "))
+                here = place
             elif verb == "take":
-                self._things[words[0]], self._kind = words[1], self._kind or _kind(words[0])
+                self._things[thing] = place
+                self._kind, self._seek = self._kind or _kind(thing), self._seek or _subgoal(action)
             elif verb in APPLIANCES:
                 self._treat = verb
             elif verb == "move":
-                self._dest = words[1]
+                self._dest = place
             elif verb == "use":
-                self._light, self._lamp = _subgoal(action), places[-1]
+                self._light, self._lamp = _subgoal(action), here
 
     def _plan(self):
         """The subgoal that serves the task now."""
         goals = self.subgoals()
         if self._held is None or _kind(self._held) != self._kind:
             return goals[0]
-        return f"{self._treat} {self._kind}" if self._treat and not self._treated(self._held) else goals[-1]
+        return goals[-1] if self._treated(self._held) else f"{self._treat} {self._kind}"
 
     def _treated(self, thing):
         return not self._treat or self._treat in self._state.get(thing, ())
@@ -264,10 +266,9 @@ class AlfworldEnv:
         """Keep in mind where one is, what is in hand and what has been done."""
         if observation == NOTHING:
             return
-        verb, rest = _verb(action), action.partition(" ")[2]
-        thing, _, place = re.sub(" (from|to|with) ", "|", rest, count=1).partition("|")
+        verb, thing, place = _parts(action)
         if verb == "go":
-            self._place = action.removeprefix("go to ")
+            self._place = place
         elif verb == "take":
             self._held = thing
             self._delivered.discard(thing)
@@ -288,6 +289,13 @@ class AlfworldEnv:
 
 def _verb(action):
     return action.split(" ", 1)[0]
+
+
+def _parts(action):
+    """"take mug 1 from desk 2" -> ("take", "mug 1", "desk 2"); "go to desk 2" -> ("go", "", "desk 2"); "use desklamp 1" -> (..., "")"""
+    verb, _, rest = action.partition(" ")
+    thing, *place = re.split("(?:^| )(?:from|to|with) ", rest, maxsplit=1)
+    return verb, thing, "".join(place)
 
 
 def _kind(name):

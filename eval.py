@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 import envs
 import hiper
+from config import Config
 from report import summary, table, wilson
 from rollout import Style, collect, generate
 
@@ -117,7 +118,7 @@ def main(argv=None):
         with envs.Runner(config["env"], split, 1) as runner:
             swaps = read_swaps(args.swap, config, runner.reset({0: 0})[0][1])
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        attention = config.get("attention") or (None if config["model"] else "eager")       # as in training
+        attention = Config(model=config["model"], attention=config.get("attention", "")).attends            # as in training
         load = lambda path: AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation=attention).to(device).eval()
         actor = load(model)
         frozen = load(config["model"] or config.get("start") or out / "start") if "frozen" in swaps.values() else None

@@ -104,7 +104,7 @@ def clone(policy, tokenizer, shown, *, epochs, lr, seed, gamma, success_reward, 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, ramp)
     for rows in progress(steps):
         sizes, spoken = [len(samples.prompts[n]) + len(samples.responses[n]) for n in rows], samples.lengths[rows].sum()
-        whole, total = max(sizes) * len(rows) <= tokens, 0.0
+        whole, total = max(sizes) * len(rows) <= tokens, 0.0                    # then unsorted: sums in another order, another clone
         optimizer.zero_grad()
         for part in [range(len(rows))] if whole else micro_batches(sizes, tokens):
             index = [rows[i] for i in part]

@@ -146,7 +146,7 @@ class WebShopEnv:
     def _pursue(self, subgoal):
         """The next action towards `subgoal`, or None where it is reached or not one of ours."""
         shop, value = self.shop, subgoal.removeprefix("choose ")
-        if subgoal not in self.subgoals() or shop.options.get(shop.catalogue.products[self.product.asin].links.get(value)) == value:
+        if subgoal not in self.subgoals() or shop.options.get(self.product.links.get(value)) == value:
             return None
         if shop.asin:
             wrong = shop.asin != self.product.asin or shop.page in SUBPAGES

@@ -17,11 +17,13 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)          # this folder's hae.py and rollout.py are not the library's
 
 import torch
+from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import credit
 import envs
 import hiper
+import train
 from config import Config
 from hae import normalize
 from rollout import batch_of, collect, kept, micro_batches, score
@@ -43,21 +45,13 @@ def prepared(start, episodes, config):
     actor = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation=config.attends).eval()
     policy = hiper.ActorCritic(actor, "separate")
     policy.heads.load_state_dict(torch.load(Path(start) / "heads.pt", weights_only=True))
-    params = [p for name, p in policy.named_parameters() if not name.startswith("actor.")]
-    optimizer = torch.optim.AdamW(params, lr=config.critic_lr, eps=1e-5, weight_decay=0.0)
     size = envs.size(config.env, "train")
     batch = batch_of(play(policy.actor, tokenizer, range(size - episodes, size), config), tokenizer)
-    goal = batch.flat(credit.returns(batch.rewards, batch.mask, config.gamma))                  # [N]
-    wheres = {"high": batch.flat(batch.switch & batch.mask), "low": batch.flat(batch.mask), "switch": batch.flat(batch.mask)}
-    sizes = [len(p) + len(r) for p, r in zip(batch.samples.prompts, batch.samples.responses)]
-    for rows in torch.randperm(len(sizes)).split(config.minibatch):
-        for part in micro_batches([sizes[i] for i in rows], config.tokens_per_batch):
-            index = rows[part]
-            values = policy(*batch.samples.rows(index.tolist(), "cpu"), parts=("values",))
-            sum(((values.value(head) - goal[index]) ** 2 * where[index]).sum() / (2 * where[rows].sum()) for head, where in wheres.items()).backward()
-        torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+    goal, everywhere = batch.flat(credit.returns(batch.rewards, batch.mask, config.gamma)), batch.flat(batch.mask)          # [N]
+    nothing = torch.zeros_like(batch.samples.masks.action)              # no token is trained: the critic alone learns
+    targets = {"high": (goal, batch.flat(batch.switch & batch.mask)), "low": (goal, everywhere), "switch": (goal, everywhere)}
+    train.update(policy, train.optimizer_of(policy, config), batch.samples, score(policy, batch.samples), None,
+                 credit.Credit(nothing.float(), nothing, targets, {}), config, Accelerator(cpu=True), False)
     return policy, tokenizer
 
 

@@ -5,6 +5,7 @@ let go after it, so all processes must make the same passes (`even`). Generation
 Without FSDP everything here hands back what it is given.
 """
 import os
+import sys
 import warnings
 from contextlib import contextmanager
 
@@ -75,3 +76,14 @@ def whole(state, keep):
 def like(x, p):
     """A whole tensor x, in shards where p is."""
     return distribute_tensor(x, p.device_mesh, p.placements) if isinstance(p, DTensor) and x.shape == p.shape else x
+
+
+def leave(accelerator):
+    """The end, for one process or for all: of many, each ends at once. Gloo's threads outlive their group, and one that lets go of its last
+    tensor while Python takes itself apart aborts the process, whose work was done."""
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if accelerator.num_processes > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

@@ -367,8 +367,7 @@ def main(argv=None):
                       "it goes on from the last checkpoint"))
     except UserError as error:
         sys.exit(fail(error))
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    shard.leave(accelerator)
 
 
 if __name__ == "__main__":

@@ -414,7 +414,7 @@ mine = sum(p.to_local().numel() if {sharded} else p.numel() for p in shard.place
 assert {sharded} == (mine < 0.6 * sum(p.numel() for p in policy.parameters()))
 answers = [iterated(policy, tokenizer, episodes, accelerator, **changes)[:2] for changes in ways]
 pickle.dump(answers, open(f"{{sys.argv[1]}}.{{accelerator.process_index}}", "wb"))
-accelerator.end_training()
+shard.leave(accelerator)
 """
 
 

@@ -9,7 +9,7 @@ reward       1.0 on the step that wins, else 0.0.
 terminated   the goal is reached (`info["won"]`); a game cannot be lost.
 truncated    `max_steps` steps were taken without winning.
 info         task (str, what follows "Your task is to: "), task_type (str, one of TASK_TYPES), admissible (list[str]),
-             won (bool), score (float, 0 or 1), gamefile (str), subgoals (list[str], see `subgoals`). All seven at every turn, in new objects.
+             won (bool), score (float, 0 or 1), gamefile (str), subgoals (list[str], what one could set out to do). All seven at every turn, in new objects.
 
 An action must equal an admissible one; any other answers "Nothing happens." and costs a step.
 
@@ -37,14 +37,14 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
+from alfworld_expert import Demonstrator
+
 IN_PROCESS = False  # The engine crashes in threads. Several envs of one process, stepped in turn, get along.
 SPLITS = ("train", "valid_seen", "valid_unseen")
 TASK_TYPES = ("pick_and_place_simple", "look_at_obj_in_light", "pick_clean_then_place_in_recep",
               "pick_heat_then_place_in_recep", "pick_cool_then_place_in_recep", "pick_two_obj_and_place")
 
 TITLE, TASK, NOTHING = "-= Welcome to TextWorld, ALFRED! =-", "Your task is to: ", "Nothing happens."
-DEEDS = ("take", "move", "clean", "heat", "cool", "use")  # the verbs that complete a subgoal
-APPLIANCES = {"clean": "sinkbasin 1", "heat": "microwave 1", "cool": "fridge 1"}
 GAMES, SENTENCES, FACTS = 512, 512, 20_000                # how much the engine remembers, about 60 MB: see _engine_class
 SOLVABLE = re.compile(rb'"solvable":\s*true')             # much cheaper than parsing some thousand 80 kB files
 
@@ -129,7 +129,7 @@ class AlfworldEnv:
         self.gamefile, self.max_steps = str(gamefile), max_steps
         self._game = json.loads(Path(gamefile).read_text(encoding="utf-8"))
         self._engine, self._steps = None, None                  # _steps is None where no episode is running
-        self._read(self._game.get("walkthrough") or ())
+        self._demonstrator = Demonstrator(self.gamefile, self._game.get("walkthrough") or ())
         if not self._game.get("solvable"):
             raise RuntimeError(f"{gamefile} is not marked solvable: winning it may be impossible, so it is not played")
         if '"move {o} to {r}"' not in self._game["grammar"]:
@@ -147,8 +147,7 @@ class AlfworldEnv:
                 self._engine = engine
             state = self._engine.reset()
         self._steps = 0
-        self._place, self._held, self._lies, self._state, self._delivered = None, None, {}, {}, set()
-        self._places = sorted((a.removeprefix("go to ") for a in state.admissible_commands if a.startswith("go to ")), key=_natural)
+        self._demonstrator.reset(state.admissible_commands)
         room, _, task = state.feedback.partition(TASK)
         self._task = task.strip()
         return room.replace(TITLE, "").strip(), self._info(state)
@@ -161,7 +160,8 @@ class AlfworldEnv:
             raise RuntimeError("no episode is running: call reset() before step()")
         state, _, _ = self._engine.step(action)
         won, observation = bool(state.won), state.feedback.strip()
-        self._follow(action.strip(), observation)
+        if observation != NOTHING:
+            self._demonstrator.follow(action.strip())
         self._steps += 1
         truncated = not won and self._steps >= self.max_steps
         if won or truncated:
@@ -175,147 +175,14 @@ class AlfworldEnv:
         self._engine, self._steps = None, None
 
     def expert(self, subgoal):
-        """What a demonstrator does now who carries `subgoal`: (switch, subgoal, action), or None where it cannot say.
-
-        What is to be done it has from the walkthrough. Where a thing lies it pretends not to know: it begins up to four places before
-        and looks into one after the other, in the order of their names, as one can who does not know. KEEP until the subgoal is
-        reached or hopeless, whether or not it serves the task; else SWITCH to one that does.
-        """
-        if self._steps is None or not self._kind:
-            return None
-        keeps = self._pursue(subgoal)
-        goal = subgoal if keeps else self._plan()
-        action = keeps or self._pursue(goal)
-        return (not keeps, goal, action) if action else None
-
-    def subgoals(self):
-        """All that one could set out to do now; what the task wants is among them. Empty for a game without walkthrough."""
-        if not self._kind:
-            return []
-        if self._held is None:
-            return [self._seek]
-        if _kind(self._held) != self._kind:
-            return [f"put down {_kind(self._held)}"]
-        treat = [_subgoal(f"{verb} {self._held} with {place}") for verb, place in APPLIANCES.items()
-                 if place in self._places and verb not in self._state.get(self._held, ())]
-        bring = [_subgoal(f"move {self._held} to {self._dest}")] if self._dest else []
-        return treat + [self._light] * bool(self._light) + bring
-
-    def _read(self, walkthrough):
-        """What the walkthrough gives away: the things and where they lie, what to do with them, where to bring them."""
-        here, self._things, self._kind, self._seek, self._treat, self._dest, self._light, self._lamp = None, {}, "", "", "", "", "", None
-        for action in walkthrough:
-            verb, thing, place = _parts(action)
-            if verb == "go":
-                here = place
-            elif verb == "take":
-                self._things[thing] = place
-                self._kind, self._seek = self._kind or _kind(thing), self._seek or _subgoal(action)
-            elif verb in APPLIANCES:
-                self._treat = verb
-            elif verb == "move":
-                self._dest = place
-            elif verb == "use":
-                self._light, self._lamp = _subgoal(action), here
-
-    def _plan(self):
-        """The subgoal that serves the task now."""
-        goals = self.subgoals()
-        if self._held is None or _kind(self._held) != self._kind:
-            return goals[0]
-        return goals[-1] if self._treated(self._held) else f"{self._treat} {self._kind}"
-
-    def _treated(self, thing):
-        return not self._treat or self._treat in self._state.get(thing, ())
-
-    def _pursue(self, subgoal):
-        """The next action towards `subgoal`, or None where it is reached, hopeless or not one of ours."""
-        if subgoal not in self.subgoals():
-            return None
-        verb, held = _verb(subgoal), self._held
-        if verb == "find":
-            return self._find()
-        if verb == "use":
-            here = [a for a in self._admissible if a.startswith(subgoal)]
-            return here[0] if here else self._reach(self._lamp)
-        if verb in APPLIANCES:
-            place = APPLIANCES[verb]
-            action = f"{verb} {held} with {place}"
-            return next((a for a in (action, f"go to {place}") if a in self._admissible), None)
-        down = self._place or self._places[0]
-        spot = down if verb == "put" and (subgoal.startswith("put down") or _kind(down) == _kind(self._dest)) else self._dest
-        return self._reach(spot) or f"move {held} to {spot}"
-
-    def _find(self):
-        """Take one of the things, or look into the next place on the way to it."""
-        lying = {thing: self._lies.get(thing, place) for thing, place in self._things.items() if thing not in self._delivered}
-        here = [a for a in self._admissible if a.startswith(f"take {self._kind} ") and a[5:].split(" from ")[0] not in self._delivered]
-        if here or not lying:
-            return here[0] if here else None
-        thing, place = next(iter(lying.items()))
-        end = self._places.index(place)
-        route = self._places[max(0, end - zlib.crc32(f"{self.gamefile} {thing}".encode()) % 5):end + 1]
-        shut, ahead = (self._reach(self._place), route[route.index(self._place) + 1:]) if self._place in route else (None, route)
-        return shut or next(filter(None, map(self._reach, ahead)), None)
-
-    def _reach(self, place):
-        """The next action on the way to `place` standing open, or None when that is done. Two places may be one spot to stand on."""
-        return next((action for action in (f"go to {place}", f"open {place}") if action in self._admissible), None)
-
-    def _follow(self, action, observation):
-        """Keep in mind where one is, what is in hand and what has been done."""
-        if observation == NOTHING:
-            return
-        verb, thing, place = _parts(action)
-        if verb == "go":
-            self._place = place
-        elif verb == "take":
-            self._held = thing
-            self._delivered.discard(thing)
-        elif verb == "move":
-            self._held, self._lies[thing] = None, place
-            if self._dest and _kind(place) == _kind(self._dest) and _kind(thing) == self._kind and self._treated(thing):
-                self._delivered.add(thing)
-        elif verb in APPLIANCES:
-            undone = {"heat", "cool"} if verb != "clean" else set()
-            self._state[thing] = self._state.get(thing, set()) - undone | {verb}
+        """What a demonstrator does now who carries `subgoal`: (switch, subgoal, action), or None where he cannot say; see Demonstrator."""
+        return None if self._steps is None else self._demonstrator.advise(subgoal, self._admissible)
 
     def _info(self, state):
         self._admissible = [a for a in state.admissible_commands if a != "help"]
         return {"task": self._task, "task_type": task_type(self.gamefile),
-                "admissible": list(self._admissible), "subgoals": self.subgoals(),
+                "admissible": list(self._admissible), "subgoals": self._demonstrator.subgoals(),
                 "won": bool(state.won), "score": float(state.won), "gamefile": self.gamefile}
-
-
-def _verb(action):
-    return action.split(" ", 1)[0]
-
-
-def _parts(action):
-    """"take mug 1 from desk 2" -> ("take", "mug 1", "desk 2"); "go to desk 2" -> ("go", "", "desk 2"); "use desklamp 1" -> (..., "")"""
-    verb, _, rest = action.partition(" ")
-    thing, *place = re.split("(?:^| )(?:from|to|with) ", rest, maxsplit=1)
-    return verb, thing, "".join(place)
-
-
-def _kind(name):
-    """'mug 2' -> 'mug'"""
-    return name.rpartition(" ")[0]
-
-
-def _natural(name):
-    """Names in the order of kind and number."""
-    kind, _, number = name.rpartition(" ")
-    return kind, int(number)
-
-
-def _subgoal(deed):
-    """Without numbers: "take mug 1 from desk 2" -> "find and take mug"; "move mug 1 to shelf 2" -> "put mug in shelf";
-    "clean mug 1 with sinkbasin 1" -> "clean mug"; "use desklamp 1" -> "use desklamp"."""
-    words = re.sub(r" \d+", "", deed).split()
-    if words[0] == "take":
-        return f"find and take {words[1]}"
-    return f"put {words[1]} in {words[3]}" if words[0] == "move" else " ".join(words[:2])
 
 
 def _new_engine():

@@ -10,37 +10,32 @@ global token count and one global advantage normalisation, so that N processes m
 Every iteration seeds itself from (seed, iteration, rank): a run that was stopped and started again goes on as if it had not been.
 """
 import errno
-import json
 import math
-import pickle
 import random
-import shutil
 import sys
 import time
-import zipfile
 from collections import defaultdict
 from datetime import timedelta
 from pathlib import Path
-from statistics import mean
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
-from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+import checkpoint
 import envs
 import hiper
 import plan
 import scratch
 import shard
 from config import UserError, check, open_out, read_config
-from eval import evaluate, fail
 from credit import assign, needs_keep
+from eval import evaluate, fail
 from hae import normalize
-from report import alarm, picture, summary, table, tell
+from report import alarm, summary, table, tell
 from rollout import batch_of, collect, kept, micro_batches, score
 
 
@@ -221,73 +216,6 @@ def iterate(policy, tokenizer, reference, optimizer, runner, config, accelerator
     return metrics, episodes, credit
 
 
-# ---- saving and showing -----------------------------------------------------------------------------------------------
-
-def save(out, policy, tokenizer, optimizer, iteration, log, best=False, main=True):
-    """A checkpoint and the actor in Hugging Face's format, each complete before it takes the old one's place. By all processes.
-
-    best: the actor is kept in out/best as well.
-    """
-    state = shard.whole({"policy": policy.state_dict(), "optimizer": optimizer.state_dict()}, main)
-    if not main:
-        return
-    actor = {name: state["policy"][f"actor.{name}"] for name, _ in policy.actor.named_parameters()}         # tied ones once
-    folders = [out / "actor", out / "best"][:1 + best]
-    try:
-        torch.save({**state, "iteration": iteration, "log": log}, out / "checkpoint.tmp")
-        for folder in folders:
-            policy.actor.save_pretrained(folder.with_suffix(".tmp"), state_dict=dict(actor))               # which it empties
-            tokenizer.save_pretrained(folder.with_suffix(".tmp"))
-    except (RuntimeError, SafetensorError) as error:                        # of torch and safetensors where the disk is full
-        raise OSError(errno.ENOSPC, str(error)) from None
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.with_suffix(".tmp").rename(folder)
-    if (out / "checkpoint.pt").exists():
-        (out / "checkpoint.pt").replace(out / "checkpoint.old.pt")
-    (out / "checkpoint.tmp").replace(out / "checkpoint.pt")
-    write_log(out, log)
-    picture(out, log)
-
-
-def best_yet(lines, every):
-    """Whether more training episodes were won since the last save than between any two before; at the first, there is no other."""
-    won = [mean(line["success"] for line in lines[k:k + every]) for k in range(0, len(lines), every)]
-    return won[-1] > max(won[:-1], default=-1)
-
-
-def load(out, mmap=False):
-    """The last checkpoint that can be read, or None where none was written; mmap: left on disk. UserError where all are damaged."""
-    damaged = []
-    for path in (out / "checkpoint.pt", out / "checkpoint.old.pt"):
-        if not path.exists():
-            continue
-        try:
-            if zipfile.is_zipfile(path):                                    # or torch tries older formats on it
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        except (RuntimeError, EOFError, pickle.UnpicklingError):            # of torch where bytes were altered
-            pass
-        damaged.append(path)
-        tqdm.write(f"warning: {path} is damaged: looking for the one before")
-    if damaged:
-        raise UserError(f"no checkpoint of {out} can be read: give another --out, or remove {' and '.join(map(str, damaged))} to begin anew")
-
-
-def restore(policy, optimizer, saved):
-    """A checkpoint's weights and moments into these, which may be in shards -> its (iteration, log)."""
-    policy.load_state_dict({name: shard.like(saved["policy"][name], p) for name, p in policy.state_dict().items()})
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    moments = {i: {name: shard.like(x, params[i]) for name, x in state.items()} for i, state in saved["optimizer"]["state"].items()}
-    optimizer.load_state_dict({**saved["optimizer"], "state": moments})
-    return saved["iteration"], saved["log"]
-
-
-def write_log(out, log):
-    for name, part in {"metrics.jsonl": "lines", "evals.jsonl": "evals"}.items():
-        (out / "log.tmp").write_text("".join(json.dumps(line) + "\n" for line in log[part]))
-        (out / "log.tmp").replace(out / name)
-
-
 # ---- the run ----------------------------------------------------------------------------------------------------------
 
 def run(config, accelerator, out):
@@ -297,12 +225,13 @@ def run(config, accelerator, out):
     with envs.Runner(config.env, module.SPLITS[0], config.env_workers) as runner:
         policy, tokenizer, reference = build(config, out, runner, accelerator)
         optimizer, first, log = optimizer_of(policy, config), 0, {"lines": [], "evals": []}
-        saved = load(out, mmap=shard.wanted(accelerator))                   # or each process would hold all of it
+        saved = checkpoint.load(out, mmap=shard.wanted(accelerator))                   # or each process would hold all of it
         if saved:
-            first, log = restore(policy, optimizer, saved)
+            first, log = checkpoint.restore(policy, optimizer, saved)
         del saved
 
-        keep = lambda iteration: save(out, policy, tokenizer, optimizer, iteration, log, best_yet(log["lines"], config.save_every), main)
+        keep = lambda iteration: checkpoint.save(out, policy, tokenizer, optimizer, iteration, log,
+                                                 checkpoint.best_yet(log["lines"], config.save_every), main)
 
         def test(iteration):
             with shard.unsharded(policy):
@@ -325,7 +254,7 @@ def run(config, accelerator, out):
             log["lines"].append(metrics)
             bar.set_postfix(success=f"{metrics['success']:.0%}", switch_rate=f"{metrics['switch_rate']:.2f}")
             if main:
-                write_log(out, log)
+                checkpoint.write_log(out, log)
                 trouble = alarm(log["lines"], config.method == "hiper" and config.segments == "learned")
                 if trouble:
                     tqdm.write(f"warning: {trouble}")

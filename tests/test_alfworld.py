@@ -15,6 +15,7 @@ import pytest
 
 import alfworld_env
 from alfworld_env import SPLITS, TASK_TYPES, AlfworldEnv, games, make, names, size, task_type
+from alfworld_expert import Demonstrator, subgoal_of
 
 MISSING = ("ALFWORLD_DATA is not set" if not os.environ.get("ALFWORLD_DATA") else
            "textworld is not installed" if not importlib.util.find_spec("textworld") else
@@ -173,7 +174,7 @@ def test_the_expert_wins_and_switches_once_per_deed(kind):
         switch, wanted, action = env.expert(subgoal)
         assert switch or wanted == subgoal
         subgoal, switches, info = wanted, switches + switch, env.step(action)[-1]
-    assert switches == sum(action.split()[0] in alfworld_env.DEEDS for action in walkthrough(env))
+    assert switches == sum(action.split()[0] in ("take", "move", "clean", "heat", "cool", "use") for action in walkthrough(env))
     assert env.expert(subgoal) is None
     env.close()
 
@@ -193,17 +194,17 @@ def test_the_expert_finds_back_from_whatever_was_done(kind="pick_two_obj_and_pla
 def test_the_expert_pursues_what_he_is_told_whether_or_not_it_helps():
     """Heat what should be clean, put it down too early: he does it, and then does what is needed."""
     env = first_of("valid_unseen", "pick_clean_then_place_in_recep", max_steps=200)
-    env.reset()
-    find, = env.subgoals()
+    _, info = env.reset()
+    find, = info["subgoals"]
     assert find.startswith("find and take ") and env.expert("")[:2] == (True, find)
-    while env.subgoals() == [find]:
+    while info["subgoals"] == [find]:
         switch, said, action = env.expert(find)
         assert (switch, said) == (False, find)
         info = env.step(action)[-1]
-    treat, put = env.subgoals()[0], env.subgoals()[-1]
+    treat, *_, put = info["subgoals"]
     assert treat == find.replace("find and take", "clean") and put.startswith(find.replace("find and take", "put") + " in ")
-    assert info["subgoals"] == env.subgoals() and env.expert(find)[:2] == (True, treat)
-    while put in env.subgoals():                                # too early
+    assert env.expert(find)[:2] == (True, treat)
+    while put in info["subgoals"]:                              # too early
         switch, said, action = env.expert(put)
         assert (switch, said) == (False, put)
         info = env.step(action)[-1]
@@ -217,11 +218,24 @@ def test_the_expert_pursues_what_he_is_told_whether_or_not_it_helps():
     env.close()
 
 
+def test_a_search_does_not_depend_on_where_the_data_lies():
+    """And begins at most four places before the thing, elsewhere for another game."""
+    walkthrough = ["go to shelf 5", "take mug 1 from shelf 5", "go to desk 1", "move mug 1 to desk 1"]
+    admissible, first = [f"go to shelf {n}" for n in range(1, 10)] + ["go to desk 1"], {}
+    for folder in ("/data", "/elsewhere/data"):
+        for trial in range(40):
+            demonstrator = Demonstrator(f"{folder}/train/pick_and_place_simple-Mug-None-Desk-1/trial_{trial}/game.tw-pddl", walkthrough)
+            demonstrator.reset(admissible)
+            switch, subgoal, action = demonstrator.advise("", admissible)
+            assert switch and subgoal == "find and take mug" and first.setdefault(trial, action) == action
+    assert set(first.values()) == {f"go to shelf {n}" for n in range(1, 6)}
+
+
 def test_subgoals_carry_no_numbers():
     said = {"take mug 1 from desk 2": "find and take mug", "move mug 1 to shelf 12": "put mug in shelf",
             "clean mug 1 with sinkbasin 1": "clean mug", "heat egg 3 with microwave 1": "heat egg",
             "cool egg 3 with fridge 1": "cool egg", "use desklamp 1": "use desklamp", "look": "look"}
-    assert {deed: alfworld_env._subgoal(deed) for deed in said} == said
+    assert {deed: subgoal_of(deed) for deed in said} == said
 
 
 def test_names_count_each_kind_from_the_last_identifier():

@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import checkpoint
 import envs
 import eval as evaluation
 import hae
@@ -705,6 +706,15 @@ def test_a_run_goes_on_in_shards_as_it_would_have_whole(trained, tmp_path, capfd
     evaluation.main([str(sharded), "--episodes", "2"])
 
 
+def test_many_processes_leave_without_taking_python_apart(monkeypatch):
+    """Once all are done and what they said is out; a single one returns."""
+    for processes, wanted in ((1, ["wait", "end"]), (2, ["wait", "end", 0])):
+        did = []
+        monkeypatch.setattr(os, "_exit", did.append)
+        shard.leave(SimpleNamespace(num_processes=processes, wait_for_everyone=lambda: did.append("wait"), end_training=lambda: did.append("end")))
+        assert did == wanted
+
+
 def test_a_killed_run_goes_on_as_if_it_had_not_been(trained, stopped):
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags(stopped)], env=environment(), cwd=stopped.parent,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -771,7 +781,7 @@ def test_the_best_actor_is_that_of_the_save_before_which_most_was_won(trained, s
     capsys.readouterr()
     evaluation.main([str(stopped / "best"), "--episodes", "2", "--swap", "executor=frozen"])
     assert "checkpoint best" in capsys.readouterr().out
-    assert [train.best_yet([{"success": x} for x in won[:n]], 2) for n in (2, 4, 5)] == [True, True, False]
+    assert [checkpoint.best_yet([{"success": x} for x in won[:n]], 2) for n in (2, 4, 5)] == [True, True, False]
     shutil.copytree(stopped, tmp_path / "best")
     evaluation.main([str(tmp_path / "best"), "--episodes", "2"])                                            # a run of that name is a run
     assert "checkpoint last" in capsys.readouterr().out
@@ -780,16 +790,16 @@ def test_the_best_actor_is_that_of_the_save_before_which_most_was_won(trained, s
 def test_save_is_whole_at_any_moment(tiny_policy, tiny_tokenizer, tmp_path, monkeypatch):
     """Stop at each step of the disk: a checkpoint of before or after loads, and a second save puts everything right."""
     log, optimizer = {"lines": [{"iteration": 0}], "evals": []}, train.optimizer_of(tiny_policy, config_of())
-    monkeypatch.setattr(train, "picture", lambda *_: None)
-    train.save(tmp_path, tiny_policy, tiny_tokenizer, optimizer, 1, log, best=True)
+    monkeypatch.setattr(checkpoint, "picture", lambda *_: None)
+    checkpoint.save(tmp_path, tiny_policy, tiny_tokenizer, optimizer, 1, log, best=True)
     for owner, name in ((torch, "save"), (type(tiny_policy.actor), "save_pretrained"), (shutil, "rmtree"), (Path, "rename"),
                         (Path, "replace"), (Path, "write_text")):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(owner, name, lambda *_, **__: (_ for _ in ()).throw(Stop))
             with pytest.raises(Stop):
-                train.save(tmp_path, tiny_policy, tiny_tokenizer, optimizer, 2, log, best=True)
+                checkpoint.save(tmp_path, tiny_policy, tiny_tokenizer, optimizer, 2, log, best=True)
         assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["iteration"] in (1, 2)
-        train.save(tmp_path, tiny_policy, tiny_tokenizer, optimizer, 1, log, best=True)
+        checkpoint.save(tmp_path, tiny_policy, tiny_tokenizer, optimizer, 1, log, best=True)
         assert same(actor_of(tmp_path), tiny_policy.actor.state_dict()) and same(actor_of(tmp_path, "best"), actor_of(tmp_path))
         assert {path.name for path in tmp_path.iterdir()} == {
             "actor", "best", "checkpoint.pt", "checkpoint.old.pt", "metrics.jsonl", "evals.jsonl"}

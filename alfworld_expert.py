@@ -1,0 +1,155 @@
+"""A demonstrator for one game of ALFWorld, for where there are no pretrained weights: what he is to do he has from the game's walkthrough.
+
+    demonstrator = Demonstrator(gamefile, walkthrough)
+    demonstrator.reset(admissible)                      at the game's beginning
+    demonstrator.follow(action)                         after each action that did something
+    switch, subgoal, action = demonstrator.advise(carried, admissible)
+
+Where a thing lies he pretends not to know: he begins up to four places before and looks into one after the other, in the order of their
+names, as one can who does not know. Nothing here needs the engine; admissible actions are lists of str.
+"""
+import re
+import zlib
+from pathlib import Path
+
+APPLIANCES = {"clean": "sinkbasin 1", "heat": "microwave 1", "cool": "fridge 1"}
+
+
+class Demonstrator:
+    """gamefile: the names of its folders decide where a search begins. walkthrough: actions that win the game; empty for no advice."""
+
+    def __init__(self, gamefile, walkthrough):
+        self._game, here = "/".join(Path(gamefile).parts[-3:-1]), None     # wherever the data lies
+        self._things, self._kind, self._seek, self._treat, self._dest, self._light, self._lamp = {}, "", "", "", "", "", None
+        for action in walkthrough:                              # what it gives away
+            verb, thing, place = parts(action)
+            if verb == "go":
+                here = place
+            elif verb == "take":
+                self._things[thing] = place
+                self._kind, self._seek = self._kind or kind(thing), self._seek or subgoal_of(action)
+            elif verb in APPLIANCES:
+                self._treat = verb
+            elif verb == "move":
+                self._dest = place
+            elif verb == "use":
+                self._light, self._lamp = subgoal_of(action), here
+
+    def reset(self, admissible):
+        """The game begins; nothing has been done yet."""
+        self._place, self._held, self._lies, self._state, self._delivered = None, None, {}, {}, set()
+        self._places = sorted((a.removeprefix("go to ") for a in admissible if a.startswith("go to ")), key=natural)
+
+    def follow(self, action):
+        """Keep in mind where one is, what is in hand and what has been done."""
+        verb, thing, place = parts(action)
+        if verb == "go":
+            self._place = place
+        elif verb == "take":
+            self._held = thing
+            self._delivered.discard(thing)
+        elif verb == "move":
+            self._held, self._lies[thing] = None, place
+            if self._dest and kind(place) == kind(self._dest) and kind(thing) == self._kind and self._treated(thing):
+                self._delivered.add(thing)
+        elif verb in APPLIANCES:
+            undone = {"heat", "cool"} if verb != "clean" else set()
+            self._state[thing] = self._state.get(thing, set()) - undone | {verb}
+
+    def advise(self, subgoal, admissible):
+        """What he does now who carries `subgoal` -> (switch, subgoal, action), or None where he cannot say.
+
+        KEEP until the subgoal is reached or hopeless, whether or not it serves the task; else SWITCH to one that does.
+        """
+        if not self._kind:
+            return None
+        keeps = self._pursue(subgoal, admissible)
+        goal = subgoal if keeps else self._plan()
+        action = keeps or self._pursue(goal, admissible)
+        return (not keeps, goal, action) if action else None
+
+    def subgoals(self):
+        """All that one could set out to do now; what the task wants is among them. Empty for a game without walkthrough."""
+        if not self._kind:
+            return []
+        if self._held is None:
+            return [self._seek]
+        if kind(self._held) != self._kind:
+            return [f"put down {kind(self._held)}"]
+        treat = [subgoal_of(f"{verb} {self._held} with {place}") for verb, place in APPLIANCES.items()
+                 if place in self._places and verb not in self._state.get(self._held, ())]
+        bring = [subgoal_of(f"move {self._held} to {self._dest}")] if self._dest else []
+        return treat + [self._light] * bool(self._light) + bring
+
+    def _plan(self):
+        """The subgoal that serves the task now."""
+        goals = self.subgoals()
+        if self._held is None or kind(self._held) != self._kind:
+            return goals[0]
+        return goals[-1] if self._treated(self._held) else f"{self._treat} {self._kind}"
+
+    def _treated(self, thing):
+        return not self._treat or self._treat in self._state.get(thing, ())
+
+    def _pursue(self, subgoal, admissible):
+        """The next action towards `subgoal`, or None where it is reached, hopeless or not one of ours."""
+        if subgoal not in self.subgoals():
+            return None
+        verb, held = subgoal.split(" ", 1)[0], self._held
+        if verb == "find":
+            return self._find(admissible)
+        if verb == "use":
+            here = [a for a in admissible if a.startswith(subgoal)]
+            return here[0] if here else reach(self._lamp, admissible)
+        if verb in APPLIANCES:
+            place = APPLIANCES[verb]
+            return next((a for a in (f"{verb} {held} with {place}", f"go to {place}") if a in admissible), None)
+        down = self._place or self._places[0]
+        spot = down if verb == "put" and (subgoal.startswith("put down") or kind(down) == kind(self._dest)) else self._dest
+        return reach(spot, admissible) or f"move {held} to {spot}"
+
+    def _find(self, admissible):
+        """Take one of the things, or look into the next place on the way to it."""
+        lying = {thing: self._lies.get(thing, place) for thing, place in self._things.items() if thing not in self._delivered}
+        here = [a for a in admissible if a.startswith(f"take {self._kind} ") and parts(a)[1] not in self._delivered]
+        if here or not lying:
+            return here[0] if here else None
+        thing, place = next(iter(lying.items()))
+        end = self._places.index(place)
+        route = self._places[max(0, end - zlib.crc32(f"{self._game} {thing}".encode()) % 5):end + 1]
+        if self._place in route:
+            shut, route = reach(self._place, admissible), route[route.index(self._place) + 1:]
+            if shut:
+                return shut
+        return next(filter(None, (reach(place, admissible) for place in route)), None)
+
+
+def parts(action):
+    """"take mug 1 from desk 2" -> ("take", "mug 1", "desk 2"); "go to desk 2" -> ("go", "", "desk 2"); "use desklamp 1" -> (..., "")"""
+    verb, _, rest = action.partition(" ")
+    thing, *place = re.split("(?:^| )(?:from|to|with) ", rest, maxsplit=1)
+    return verb, thing, "".join(place)
+
+
+def kind(name):
+    """'mug 2' -> 'mug'"""
+    return name.rpartition(" ")[0]
+
+
+def natural(name):
+    """Names in the order of kind and number."""
+    return kind(name), int(name.rpartition(" ")[2])
+
+
+def subgoal_of(deed):
+    """Without numbers: "take mug 1 from desk 2" -> "find and take mug"; "move mug 1 to shelf 2" -> "put mug in shelf";
+    "clean mug 1 with sinkbasin 1" -> "clean mug"; "use desklamp 1" -> "use desklamp"."""
+    words = re.sub(r" \d+", "", deed).split()
+    if words[0] == "take":
+        return f"find and take {words[1]}"
+    return f"put {words[1]} in {words[3]}" if words[0] == "move" else " ".join(words[:2])
+
+
+def reach(place, admissible):
+    """The next action on the way to `place` standing open, or None when that is done. Two places may be one spot to stand on."""
+    return next((action for action in (f"go to {place}", f"open {place}") if action in admissible), None)

@@ -153,3 +153,20 @@ def subgoal_of(deed):
 def reach(place, admissible):
     """The next action on the way to `place` standing open, or None when that is done. Two places may be one spot to stand on."""
     return next((action for action in (f"go to {place}", f"open {place}") if action in admissible), None)
+
+
+def disguise(episodes, rng):
+    """Episodes' texts with kinds of things, and kinds of places, called by each other's names, in each episode in another way.
+
+    What a clone would else recite ("a mug lies in desk 1") it must then read. The appliances keep their names: that one heats in a
+    microwave is no matter of reading. episodes: lists of (text, text, anything) -> the same.
+    """
+    text = "\n".join(text for turns in episodes for *texts, _ in turns for text in texts)
+    reached = set(re.findall(r"go to ([a-z]+) \d", text))
+    places = sorted(reached - {kind(place) for place in APPLIANCES.values()})
+    things = sorted(set(re.findall(r"\b([a-z]+) \d", text)) - reached)
+    word, shown = re.compile(rf"\b({'|'.join(places + things)})\b"), []
+    for turns in episodes:
+        called = dict(zip(places + things, rng.sample(places, len(places)) + rng.sample(things, len(things))))
+        shown.append([(*(word.sub(lambda name: called[name[0]], text) for text in texts), left) for *texts, left in turns])
+    return shown

@@ -90,6 +90,8 @@ class Config:
     plan_noise: float = knob(0.9, "probability that the demonstrator sets out for any subgoal that one could have")
     act_noise: float = knob(0.0, "probability that the demonstrator does, and shows, any admissible action")
     slips: float = knob(0.25, "probability that another action happens than the one the demonstrator shows")
+    disguises: int = knob(0, "further copies of each demonstration under permuted names (alfworld), so that the clone reads them instead of "
+                          "reciting them")
     clone_epochs: int = knob(2, "passes over the demonstrations")
     clone_lr: float = knob(2e-3, "learning rate of cloning")
     # reporting
@@ -127,7 +129,7 @@ def check(config):
     for name in ("iterations", "episodes", "slots", "epochs", "minibatch", "tokens_per_batch", "max_prompt", "max_response", "save_every"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(config, name)}")
-    for name in ("env_workers", "history", "eval_episodes", "demos", "demo_tasks", "critic_warmup", "show_every", "lr", "critic_lr", "kl", "kl_rest", "clip", "group",
+    for name in ("env_workers", "history", "eval_episodes", "demos", "demo_tasks", "disguises", "critic_warmup", "show_every", "lr", "critic_lr", "kl", "kl_rest", "clip", "group",
                  "value_clip", "eval_temperature", "invalid_penalty", "keep_penalty", "drift_penalty", "gigpo_weight"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name} must not be negative, not {getattr(config, name)}")

@@ -11,17 +11,19 @@ import torch
 from tokenizers import AddedToken, pre_tokenizers
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+import envs
 import hiper
 from rollout import Seat, encode, micro_batches, samples_of
 
 
-def demonstrations(runner, tasks, *, plan_noise, act_noise=0.0, slips, style, seed, slots=64):
+def demonstrations(runner, tasks, *, plan_noise, act_noise=0.0, slips, style, seed, slots=64, disguises=0):
     """Episodes of the scripted expert -> list of (prompt text, response text, turns to victory or None), turn by turn.
 
     He is a poor planner: with probability `plan_noise` he switches to any subgoal that one could have (`info["subgoals"]`, where
     the world lists them), and that is what is shown. As an executor he knows what to do, but with probability `act_noise` does and
     shows anything admissible. With probability `slips` another action happens instead, admissible here or earlier: shown is what he
-    meant, so that the clone has seen how to go on after a mistake. RuntimeError where the world has no expert.
+    meant, so that the clone has seen how to go on after a mistake. Then come all of them again, `disguises` times, each time under other
+    names. RuntimeError where the world has no expert, or no `disguise`.
     """
     rng, shown, tasks = random.Random(seed), [], list(tasks)
     for start in range(0, len(tasks), slots):
@@ -49,9 +51,11 @@ def demonstrations(runner, tasks, *, plan_noise, act_noise=0.0, slips, style, se
             outcomes = runner.step(done)
             seats = {slot: seat for slot, seat in seats.items() if not seat.answer([], [], said[slot], outcomes[slot])}
             won.update({slot for slot in outcomes if outcomes[slot][-1]["won"]})
-        for slot, turns in told.items():
-            shown += [(*turn, len(turns) - 1 - t if slot in won else None) for t, turn in enumerate(turns)]
-    return shown
+        shown += [[(*turn, len(turns) - 1 - t if slot in won else None) for t, turn in enumerate(turns)] for slot, turns in told.items()]
+    if disguises and not hasattr(envs.world(runner.name), "disguise"):
+        raise RuntimeError(f"world {runner.name!r} has no other names for its things: --disguises 0")
+    copies = [envs.world(runner.name).disguise(shown, rng) for _ in range(disguises)]
+    return [turn for episodes in [shown, *copies] for turns in episodes for turn in turns]
 
 
 def train_tokenizer(texts, vocab_size=2048):

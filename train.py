@@ -69,7 +69,7 @@ def clone(config, out, runner, accelerator):
     few = min(config.demo_tasks, size)                                  # spread over the split, a task's demonstrations side by side
     tasks = [n * few // config.demos * size // few for n in range(config.demos)] if few else range(min(config.demos, size))
     shown = scratch.demonstrations(runner, tasks, plan_noise=config.plan_noise, act_noise=config.act_noise,
-                                   slips=config.slips, style=config.style, seed=config.seed, slots=config.slots)
+                                   slips=config.slips, style=config.style, seed=config.seed, slots=config.slots, disguises=config.disguises)
     tokenizer = scratch.train_tokenizer([text for *texts, _ in shown for text in texts])
     torch.manual_seed(config.seed)
     policy = hiper.ActorCritic(scratch.tiny_model(tokenizer, config.attends), "shared").to(accelerator.device)

@@ -15,7 +15,7 @@ import pytest
 
 import alfworld_env
 from alfworld_env import SPLITS, TASK_TYPES, AlfworldEnv, games, make, names, size, task_type
-from alfworld_expert import Demonstrator, subgoal_of
+from alfworld_expert import Demonstrator, disguise, subgoal_of
 
 MISSING = ("ALFWORLD_DATA is not set" if not os.environ.get("ALFWORLD_DATA") else
            "textworld is not installed" if not importlib.util.find_spec("textworld") else
@@ -229,6 +229,24 @@ def test_a_search_does_not_depend_on_where_the_data_lies():
             switch, subgoal, action = demonstrator.advise("", admissible)
             assert switch and subgoal == "find and take mug" and first.setdefault(trial, action) == action
     assert set(first.values()) == {f"go to shelf {n}" for n in range(1, 6)}
+
+
+def test_a_disguise_renames_in_each_episode_alike_and_keeps_what_is_no_name():
+    """Things among things, places among places, whatever is deduced from them; the appliances stay, and so does every other word."""
+    prompt = ("Task: put a clean mug in desk.\nYou see a mug 1, a pen 2, a watch 1. Admissible actions: 'go to desk 1', 'go to shelf 12', 'go to bed 1', "
+              "'go to fridge 1', 'take mug 1 from shelf 12', 'take pen 2 from shelf 12', 'take watch 1 from shelf 12'\nSubgoal: clean mug.")
+    said = "<switch>KEEP</switch><subgoal>clean mug</subgoal><action>take mug 1 from shelf 12</action>"
+    episodes = [[(prompt, said, 3), (said, prompt, None)]] * 50
+    shown, maps = disguise(episodes, random.Random(0)), set()
+    for (first, told, left), (second, again, none) in shown:
+        thing, place = re.search(r"take (\w+) 1 from (\w+) 12</action>", told).groups()
+        assert (first, told, left, none) == (again, second, 3, None)                                # one way an episode
+        assert f"put a clean {thing} in " in first and first.endswith(f"clean {thing}.") and f"<subgoal>clean {thing}<" in told
+        assert thing in ("mug", "pen", "watch") and place in ("desk", "shelf", "bed") and "'go to fridge 1'" in first
+        others = re.compile(r"\b(mug|pen|watch|desk|shelf|bed)\b")
+        assert others.sub("_", first) == others.sub("_", prompt) and sorted(set(others.findall(first))) == sorted(set(others.findall(prompt)))
+        maps.add((thing, place))
+    assert len(maps) == 9
 
 
 def test_subgoals_carry_no_numbers():

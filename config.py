@@ -90,8 +90,11 @@ class Config:
     plan_noise: float = knob(0.9, "probability that the demonstrator sets out for any subgoal that one could have")
     act_noise: float = knob(0.0, "probability that the demonstrator does, and shows, any admissible action")
     slips: float = knob(0.25, "probability that another action happens than the one the demonstrator shows")
+    blunders: float = knob(0.0, "probability that instead an action of another episode is tried, which mostly nothing comes of")
     disguises: int = knob(0, "further copies of each demonstration under permuted names (alfworld), so that the clone reads them instead of "
                           "reciting them")
+    reading: float = knob(0.0, "weight, beside the answers, of foretelling the demonstrations' prompts token by token: a page says most things "
+                          "twice, and who foretells the second time has learnt to copy")
     clone_epochs: int = knob(2, "passes over the demonstrations")
     clone_lr: float = knob(2e-3, "learning rate of cloning")
     # reporting
@@ -129,14 +132,14 @@ def check(config):
     for name in ("iterations", "episodes", "slots", "epochs", "minibatch", "tokens_per_batch", "max_prompt", "max_response", "save_every"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(config, name)}")
-    for name in ("env_workers", "history", "eval_episodes", "demos", "demo_tasks", "disguises", "critic_warmup", "show_every", "lr", "critic_lr", "kl", "kl_rest", "clip", "group",
+    for name in ("env_workers", "history", "eval_episodes", "demos", "demo_tasks", "disguises", "reading", "critic_warmup", "show_every", "lr", "critic_lr", "kl", "kl_rest", "clip", "group",
                  "value_clip", "eval_temperature", "invalid_penalty", "keep_penalty", "drift_penalty", "gigpo_weight"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name} must not be negative, not {getattr(config, name)}")
     for name in ("temperature", "max_grad_norm", "clone_epochs", "clone_lr"):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name} must be above 0, not {getattr(config, name)}")
-    for name in ("gamma", "lam_low", "lam_high", "lam", "gigpo_gamma", "checklist", "lr_end", "plan_noise", "act_noise", "slips"):
+    for name in ("gamma", "lam_low", "lam_high", "lam", "gigpo_gamma", "checklist", "lr_end", "plan_noise", "act_noise", "slips", "blunders"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"--{name} must lie in [0, 1], not {getattr(config, name)}")
     for name, choices in {"method": METHODS, "prompt": ("plan-execute", "flat"), "critic": ("separate", "shared"), "heads": (2, 3),

@@ -16,13 +16,14 @@ import hiper
 from rollout import Seat, encode, micro_batches, samples_of
 
 
-def demonstrations(runner, tasks, *, plan_noise, act_noise=0.0, slips, style, seed, slots=64, disguises=0):
+def demonstrations(runner, tasks, *, plan_noise, act_noise=0.0, slips, blunders=0.0, style, seed, slots=64, disguises=0):
     """Episodes of the scripted expert -> list of (prompt text, response text, turns to victory or None), turn by turn.
 
     He is a poor planner: with probability `plan_noise` he switches to any subgoal that one could have (`info["subgoals"]`, where
     the world lists them), and that is what is shown. As an executor he knows what to do, but with probability `act_noise` does and
     shows anything admissible. With probability `slips` another action happens instead, admissible here or earlier: shown is what he
-    meant, so that the clone has seen how to go on after a mistake. Then come all of them again, `disguises` times, each time under other
+    meant, so that the clone has seen how to go on after a mistake. With probability `blunders` it is something that could be done in another
+    episode and mostly cannot here: a clone that errs so must not have learnt to repeat itself. Then come all of them again, `disguises` times, each time under other
     names. RuntimeError where the world has no expert, or no `disguise`.
     """
     rng, shown, tasks = random.Random(seed), [], list(tasks)
@@ -46,6 +47,8 @@ def demonstrations(runner, tasks, *, plan_noise, act_noise=0.0, slips, style, se
                 said[slot] = hiper.Decision(switch, subgoal, action, True, "")
                 stray.setdefault(slot, []).extend(seat.info["admissible"])
                 done[slot] = rng.choice(stray[slot]) if rng.random() < slips else action
+                if blunders and rng.random() < blunders:
+                    done[slot] = rng.choice(rng.choice(list(seats.values())).info["admissible"])
                 told[slot].append((seat.prompt(), hiper.flat_response(subgoal, action) if style.prompt == "flat"
                                    else hiper.response(switch, subgoal, action)))
             outcomes = runner.step(done)
@@ -88,11 +91,12 @@ def tiny_model(tokenizer, attention="eager", hidden=128, layers=2):
     return model
 
 
-def clone(policy, tokenizer, shown, *, epochs, lr, seed, gamma, success_reward, batch=32, value_weight=0.002, max_prompt=None,
-          tokens=2 ** 14, progress=iter):
+def clone(policy, tokenizer, shown, *, epochs, lr, seed, gamma, success_reward, batch=32, value_weight=0.002, reading=0.0,
+          max_prompt=None, tokens=2 ** 14, progress=iter):
     """Supervised learning of the demonstrations, in place: the actor their responses, the value heads their returns.
 
-    max_prompt: tokens, a longer prompt loses its left end; tokens: in one forward, padding included.
+    reading: weight of the prompts' own tokens, mean nats, beside the responses': a page says most things twice, and who learns to foretell
+    the second time has learnt to copy; max_prompt: tokens, a longer prompt loses its left end; tokens: in one forward, padding included.
     -> mean loss of the responses over the last twenty steps, nats per token. The clone acts as the demonstrator did, so his
     returns are the clone's too, or nearly, and the critic need not start blind.
     """
@@ -112,11 +116,15 @@ def clone(policy, tokenizer, shown, *, epochs, lr, seed, gamma, success_reward, 
         optimizer.zero_grad()
         for part in [range(len(rows))] if whole else micro_batches(sizes, tokens):
             index = [rows[i] for i in part]
-            scores = policy(*samples.rows(index, device))
-            loss = -scores.logp.sum() / spoken
+            ids, prompts, *rest = samples.rows(index, device)
+            lead = prompts - 1 if reading else torch.zeros_like(prompts)                # all but the first token, or the response alone
+            scores = policy(ids, prompts, *rest, lead=lead)
+            answers = torch.arange(scores.logp.shape[1], device=device) >= lead[:, None]
+            answering = -(scores.logp * answers).sum() / spoken
+            foretelling = -(scores.logp * ~answers).sum() / max(1, sum(sizes) - spoken - len(rows))
             values = sum(((v - returns[index]) ** 2).sum() / len(rows) for v in (scores.v_high, scores.v_low, scores.v_switch))
-            (loss + value_weight * values).backward()
-            total += loss.detach()
+            (answering + reading * foretelling + value_weight * values).backward()
+            total += answering.detach()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         schedule.step()

@@ -69,12 +69,13 @@ def clone(config, out, runner, accelerator):
     few = min(config.demo_tasks, size)                                  # spread over the split, a task's demonstrations side by side
     tasks = [n * few // config.demos * size // few for n in range(config.demos)] if few else range(min(config.demos, size))
     shown = scratch.demonstrations(runner, tasks, plan_noise=config.plan_noise, act_noise=config.act_noise,
-                                   slips=config.slips, style=config.style, seed=config.seed, slots=config.slots, disguises=config.disguises)
+                                   slips=config.slips, blunders=config.blunders, style=config.style, seed=config.seed,
+                                   slots=config.slots, disguises=config.disguises)
     tokenizer = scratch.train_tokenizer([text for *texts, _ in shown for text in texts])
     torch.manual_seed(config.seed)
     policy = hiper.ActorCritic(scratch.tiny_model(tokenizer, config.attends), "shared").to(accelerator.device)
-    scratch.clone(policy, tokenizer, shown, epochs=config.clone_epochs, lr=config.clone_lr, seed=config.seed,
-                  gamma=config.gamma, success_reward=config.success_reward, max_prompt=config.max_prompt, tokens=config.tokens_per_batch,
+    scratch.clone(policy, tokenizer, shown, epochs=config.clone_epochs, lr=config.clone_lr, seed=config.seed, gamma=config.gamma,
+                  success_reward=config.success_reward, reading=config.reading, max_prompt=config.max_prompt, tokens=config.tokens_per_batch,
                   progress=lambda steps: tqdm(steps, "cloning the expert", unit="step"))
     temporary = out / "start.tmp"
     policy.actor.save_pretrained(temporary)

@@ -82,18 +82,54 @@ def test_names_are_one_token():
     assert tokenizer("B09S3BN15C")["input_ids"][0] in tokenizer("click[B09S3BN15C]")["input_ids"]
 
 
+@pytest.mark.parametrize("reading", [0.0, 0.7])
 @pytest.mark.parametrize("tokens", [150, 10 ** 6])
-def test_cloning_does_not_depend_on_the_micro_batches(tiny_tokenizer, tokens):
+def test_cloning_does_not_depend_on_the_micro_batches(tiny_tokenizer, tokens, reading):
     turns = shown(range(3))[:16]
     torch.manual_seed(0)
     start = hiper.ActorCritic(scratch.tiny_model(tiny_tokenizer, "sdpa"), "shared")
     policy, reference = copy.deepcopy(start), copy.deepcopy(start)
-    settings = dict(epochs=1, lr=1e-3, seed=0, gamma=0.9, success_reward=10.0, batch=8)
+    settings = dict(epochs=1, lr=1e-3, seed=0, gamma=0.9, success_reward=10.0, batch=8, reading=reading)
     loss = scratch.clone(policy, tiny_tokenizer, turns, tokens=tokens, **settings)
     expected = scratch.clone(reference, tiny_tokenizer, turns, tokens=400, **settings)
     assert loss == pytest.approx(expected, rel=1e-4)
     for (name, a), b in zip(policy.named_parameters(), reference.parameters()):
         assert torch.allclose(a, b, atol=2e-4), name
+
+
+@pytest.mark.parametrize("reading", [0.0, 0.7])
+def test_cloning_s_first_step_is_that_of_its_loss(tiny_tokenizer, monkeypatch, reading):
+    """Mean nats of the answers' tokens, and of the prompts' but their first, by the model's own logits; the norm is that before clipping."""
+    turns, norms = shown(range(2))[:6], []
+    policy = hiper.ActorCritic(scratch.tiny_model(tiny_tokenizer), "shared")
+    start, clip = copy.deepcopy(policy), torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: norms.append(clip(*args)))
+    scratch.clone(policy, tiny_tokenizer, turns, epochs=1, lr=1e-3, seed=0, gamma=0.9, success_reward=10.0, batch=6, value_weight=0.0, reading=reading)
+    answered, foretold = [], []
+    for prompt, said, _ in turns:
+        asked = len(tiny_tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        ids = torch.tensor(tiny_tokenizer(prompt, add_special_tokens=False)["input_ids"] + tiny_tokenizer(said, add_special_tokens=False)["input_ids"])
+        logp = start.actor(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]]
+        foretold.append(logp[:asked - 1])
+        answered.append(logp[asked - 1:])
+    (-torch.cat(answered).mean() - reading * torch.cat(foretold).mean()).backward()
+    assert norms[0].item() == pytest.approx(torch.cat([p.grad.flatten() for p in start.parameters() if p.grad is not None]).norm().item(), rel=1e-4)
+
+
+def test_blunders_mostly_lead_nowhere_and_are_not_shown():
+    turns = shown(blunders=0.5)
+    assert len(turns) > 1.3 * len(shown()) and all(hiper.parse(said).valid for _, said, _ in turns)
+    assert sum("Nothing happens" in prompt for prompt, *_ in turns) > 5 and not any("Nothing happens" in prompt for prompt, *_ in shown())
+
+
+def test_disguises_come_after_what_they_disguise(monkeypatch):
+    """As often as asked; and a world without them says so."""
+    plain = shown(range(2))
+    with pytest.raises(RuntimeError, match="no other names"):
+        shown(range(2), disguises=1)
+    monkeypatch.setattr(household, "disguise", lambda episodes, rng: [[("x" + prompt, said, left) for prompt, said, left in turns] for turns in episodes],
+                        raising=False)
+    assert shown(range(2), disguises=2) == plain + 2 * [("x" + prompt, said, left) for prompt, said, left in plain]
 
 
 def test_cloning_cuts_long_prompts_as_playing_does(tiny_tokenizer, monkeypatch):

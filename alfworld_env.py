@@ -9,7 +9,8 @@ reward       1.0 on the step that wins, else 0.0.
 terminated   the goal is reached (`info["won"]`); a game cannot be lost.
 truncated    `max_steps` steps were taken without winning.
 info         task (str, what follows "Your task is to: "), task_type (str, one of TASK_TYPES), admissible (list[str]),
-             won (bool), score (float, 0 or 1), gamefile (str), subgoals (list[str], what one could set out to do). All seven at every turn, in new objects.
+             won (bool), score (float, 0 or 1), gamefile (str), subgoals (list[str], what one could set out to do),
+             page (str, all that was seen so far in a line). All eight at every turn, in new objects.
 
 An action must equal an admissible one; any other answers "Nothing happens." and costs a step.
 
@@ -37,7 +38,8 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from alfworld_expert import Demonstrator, disguise  # noqa: F401, the world's own, for cloning
+from alfworld_expert import Demonstrator, disguise, natural, parts  # noqa: F401, disguise: for cloning
+from alfworld_page import Page
 
 IN_PROCESS = False  # The engine crashes in threads. Several envs of one process, stepped in turn, get along.
 SPLITS = ("train", "valid_seen", "valid_unseen")
@@ -147,9 +149,10 @@ class AlfworldEnv:
                 self._engine = engine
             state = self._engine.reset()
         self._steps = 0
-        self._demonstrator.reset(state.admissible_commands)
+        places = sorted((a.removeprefix("go to ") for a in state.admissible_commands if a.startswith("go to ")), key=natural)
+        self._demonstrator.reset(places)
         room, _, task = state.feedback.partition(TASK)
-        self._task = task.strip()
+        self._task, self._page = task.strip(), Page(places, task)
         return room.replace(TITLE, "").strip(), self._info(state)
 
     def step(self, action):
@@ -160,8 +163,10 @@ class AlfworldEnv:
             raise RuntimeError("no episode is running: call reset() before step()")
         state, _, _ = self._engine.step(action)
         won, observation = bool(state.won), state.feedback.strip()
+        did = parts(action.strip())
+        self._page.follow(*did, observation)
         if observation != NOTHING:
-            self._demonstrator.follow(action.strip())
+            self._demonstrator.follow(*did)
         self._steps += 1
         truncated = not won and self._steps >= self.max_steps
         if won or truncated:
@@ -181,7 +186,7 @@ class AlfworldEnv:
     def _info(self, state):
         self._admissible = [a for a in state.admissible_commands if a != "help"]
         return {"task": self._task, "task_type": task_type(self.gamefile),
-                "admissible": list(self._admissible), "subgoals": self._demonstrator.subgoals(),
+                "admissible": list(self._admissible), "subgoals": self._demonstrator.subgoals(), "page": str(self._page),
                 "won": bool(state.won), "score": float(state.won), "gamefile": self.gamefile}
 
 

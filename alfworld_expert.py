@@ -1,8 +1,8 @@
 """A demonstrator for one game of ALFWorld, for where there are no pretrained weights: what he is to do he has from the game's walkthrough.
 
     demonstrator = Demonstrator(gamefile, walkthrough)
-    demonstrator.reset(admissible)                      at the game's beginning
-    demonstrator.follow(action)                         after each action that did something
+    demonstrator.reset(places)                          at the game's beginning
+    demonstrator.follow(*parts(action))                 after each action that did something
     switch, subgoal, action = demonstrator.advise(carried, admissible)
 
 Where a thing lies he pretends not to know: he begins up to four places before and looks into one after the other, in the order of their
@@ -35,14 +35,13 @@ class Demonstrator:
             elif verb == "use":
                 self._light, self._lamp = subgoal_of(action), here
 
-    def reset(self, admissible):
-        """The game begins; nothing has been done yet."""
+    def reset(self, places):
+        """The game begins; nothing has been done yet. places: names in their order."""
         self._place, self._held, self._lies, self._state, self._delivered = None, None, {}, {}, set()
-        self._places = sorted((a.removeprefix("go to ") for a in admissible if a.startswith("go to ")), key=natural)
+        self._places = places
 
-    def follow(self, action):
+    def follow(self, verb, thing, place):
         """Keep in mind where one is, what is in hand and what has been done."""
-        verb, thing, place = parts(action)
         if verb == "go":
             self._place = place
         elif verb == "take":

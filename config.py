@@ -41,6 +41,7 @@ class Config:
     history: int = knob(0, "past (observation, action) pairs in the prompt (paper: 2; household's page sums up the past itself)")
     brief: bool = knob(True, "short prompt without instructions, for a model that was cloned (paper: false)")
     show_admissible: bool = knob(False, "list the admissible actions in the prompt (paper: true)")
+    page: bool = knob(False, "show what was seen so far summed up in a line, where the world can (alfworld), for a model too small to keep it in mind")
     max_prompt: int = knob(2048, "prompt tokens at the most (paper: 2048)")
     max_response: int = knob(24, "response tokens at the most (paper: 512)")
     success_reward: float = knob(10.0, "reward of winning (paper: 10)")
@@ -171,6 +172,10 @@ def check(config):
             _, info = runner.reset({0: 0})[0]                               # what is not installed shows here
         if config.checklist and "progress" not in info:
             raise UserError(f"--checklist needs a world that reports its subtasks (info['progress']), and {config.env} does not")
+        if config.page and "page" not in info:
+            raise UserError(f"--page needs a world that sums up what was seen (info['page']), and {config.env} does not")
+        if config.disguises and not hasattr(module, "disguise"):
+            raise UserError(f"--disguises needs a world with other names for its things (`disguise`), and {config.env} has none")
     except (ValueError, RuntimeError, IndexError) as error:
         raise UserError(error) from None
     if config.model:

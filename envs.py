@@ -17,7 +17,8 @@ and its envs have Gymnasium's signatures (Gymnasium itself is not needed):
 observation is text. reward is 1.0 on the step that wins, else 0.0; the trainer scales it. terminated means the task itself
 ended, truncated that the step limit cut it off. info holds task (str), task_type (str), admissible (list of str), won
 (bool), score (float) and, where there is one, gamefile; also subgoals (list of str), where the world can list what a planner
-might set out to do now. After the end, step raises RuntimeError until reset is called.
+might set out to do now, progress (float, 0 to 1) for --checklist and page (str, what was seen so far) for --page. After the end, step
+raises RuntimeError until reset is called. A module's `disguise(episodes, rng)` renames what is in demonstrations (--disguises).
 
 `--env NAME` takes a name of `WORLDS` or of any importable module that has these, so a world of one's own is one file.
 """
@@ -143,7 +144,7 @@ class Runner:
         """The outcome of a step that no process answers: a truncated episode of which nothing is known. Its info has `lost`, what
         became of the process, and `culprit`: whether that happened over this slot, not over another one of the same process."""
         worker = self.homes[slot]
-        info = {"task": "", "task_type": "", "admissible": [], "won": False, "score": 0.0, "progress": 0.0}
+        info = {"task": "", "task_type": "", "admissible": [], "won": False, "score": 0.0, "progress": 0.0, "page": ""}
         return "", 0.0, False, True, {**info, "lost": worker.why, "culprit": worker.culprit == slot}
 
     def _reset(self, slot, index):

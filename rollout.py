@@ -62,6 +62,7 @@ class Style:
     segments: str = "learned"           # or "single", "every-turn", "fixed:k": the switch is written for the agent
     keep_penalty: float = 0.0           # taken off on a KEEP turn
     drift_penalty: float = 0.0          # taken off where KEEP's subgoal is not the carried one
+    page: bool = False                  # read `info["page"]`, which sums up what was seen so far, in the observation's stead
     checklist: float = 0.0              # the share of the success reward that is paid for subtasks, as `info["progress"]` grows
 
 
@@ -115,7 +116,7 @@ class Seat:
 
     def __init__(self, index, observation, info, style):
         self.index, self.task, self.task_type, self.style = index, info["task"], info["task_type"], style
-        self.observation, self.info, self.subgoal = observation, info, ""
+        self.observation, self.info, self.subgoal = info["page"] if style.page else observation, info, ""
         self.past, self.turns, self.progress = deque(maxlen=style.history), [], 0.0
 
     def prompt(self, history=True):
@@ -147,7 +148,7 @@ class Seat:
             reward -= style.keep_penalty + style.drift_penalty * (decision.subgoal != carried)
         self.turns.append(Turn(prompt_ids, response_ids, decision, opened, self.subgoal, self.observation, reward, carried))
         self.past.append((self.observation, decision.action))
-        self.observation, self.info = observation, info
+        self.observation, self.info = info["page"] if style.page else observation, info
         self.ended, self.truncated = terminated or truncated, truncated and not terminated
         return self.ended
 

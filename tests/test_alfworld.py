@@ -15,13 +15,14 @@ import pytest
 
 import alfworld_env
 from alfworld_env import SPLITS, TASK_TYPES, AlfworldEnv, games, make, names, size, task_type
-from alfworld_expert import Demonstrator, disguise, subgoal_of
+from alfworld_expert import Demonstrator, disguise, parts, subgoal_of
+from alfworld_page import Page
 
 MISSING = ("ALFWORLD_DATA is not set" if not os.environ.get("ALFWORLD_DATA") else
            "textworld is not installed" if not importlib.util.find_spec("textworld") else
            "textworld fails on Python 3.13 and newer" if sys.version_info >= (3, 13) else "")
 plays = pytest.mark.skipif(bool(MISSING), reason=MISSING)
-KEYS = {"task", "task_type", "admissible", "won", "score", "gamefile", "subgoals"}
+KEYS = {"task", "task_type", "admissible", "won", "score", "gamefile", "subgoals", "page"}
 
 
 def walkthrough(env):
@@ -82,7 +83,7 @@ def test_an_inadmissible_action_costs_a_step_and_changes_nothing(env):
     _, before = env.reset()
     observation, reward, terminated, truncated, info = env.step("dance with mug 1")
     assert (observation, reward, terminated, truncated) == ("Nothing happens.", 0.0, False, False)
-    assert info == before
+    assert info.pop("page") == "Nothing happens. " + before.pop("page") and info == before
     assert env.step("dance with mug 1")[3]
 
 
@@ -218,6 +219,50 @@ def test_the_expert_pursues_what_he_is_told_whether_or_not_it_helps():
     env.close()
 
 
+def test_the_page_sums_up_what_was_seen():
+    page, said = Page(["bed 1", "desk 1", "drawer 1", "shelf 1"], "put a clean mug in shelf."), []
+    for action, observation in (("go to shelf 1", "You arrive at shelf 1. On the shelf 1, you see a mug 2, and a pen 1."),
+                                ("take mug 2 from shelf 1", "You pick up the mug 2 from the shelf 1."), ("dance", "Nothing happens."),
+                                ("go to drawer 1", "You arrive at drawer 1. The drawer 1 is closed."),
+                                ("open drawer 1", "You open the drawer 1. The drawer 1 is open. In it, you see a egg 1, and a mug 1."),
+                                ("close drawer 1", "You close the drawer 1."), ("heat mug 2 with microwave 1", "You heat the mug 2 using the microwave 1."),
+                                ("clean mug 2 with sinkbasin 1", "You clean the mug 2 using the sinkbasin 1."),
+                                ("cool mug 2 with fridge 1", "You cool the mug 2 using the fridge 1."), ("look", "You are facing the drawer 1."),
+                                ("go to desk 1", "You arrive at desk 1. On the desk 1, you see nothing."), ("move mug 2 to desk 1", "You move the mug 2 to the desk 1."),
+                                ("go to shelf 1", "You arrive at shelf 1. On the shelf 1, you see a pen 1.")):
+        said.append(str(page))
+        page.follow(*parts(action), observation)
+    assert said + [str(page)] == [
+        "In the middle. Hold nothing. Unseen bed 1, desk 1, drawer 1, shelf 1.",
+        "At shelf 1: mug 2, pen 1. Hold nothing. Unseen bed 1, desk 1, drawer 1.",
+        "At shelf 1: pen 1. Hold mug 2. Unseen bed 1, desk 1, drawer 1.",
+        "Nothing happens. At shelf 1: pen 1. Hold mug 2. Unseen bed 1, desk 1, drawer 1.",
+        "At drawer 1 closed. Hold mug 2. Been at shelf 1. Unseen bed 1, desk 1.",
+        "At drawer 1: egg 1, mug 1. Hold mug 2. Been at shelf 1. Unseen bed 1, desk 1.",
+        "At drawer 1 closed. Hold mug 2. Been at shelf 1. Unseen bed 1, desk 1.",
+        "At drawer 1 closed. Hold mug 2 heat. Been at shelf 1. Unseen bed 1, desk 1.",
+        "At drawer 1 closed. Hold mug 2 heat clean. Been at shelf 1. Unseen bed 1, desk 1.",
+        "At drawer 1 closed. Hold mug 2 clean cool. Been at shelf 1. Unseen bed 1, desk 1.",
+        "At drawer 1 closed. Hold mug 2 clean cool. Been at shelf 1. Unseen bed 1, desk 1.",
+        "At desk 1: nothing. Hold mug 2 clean cool. Seen mug 1 at drawer 1. Been at shelf 1. Unseen bed 1.",
+        "At desk 1: mug 2. Hold nothing. Seen mug 1 at drawer 1. Been at shelf 1. Unseen bed 1.",
+        "At shelf 1: pen 1. Hold nothing. Seen mug 1 at drawer 1, mug 2 at desk 1. Unseen bed 1."]
+
+
+@plays
+def test_the_page_tells_no_more_than_the_engine_has():
+    """Every name on it stood in what the engine said, or in its list of actions, before."""
+    env, rng = make("valid_unseen", 3, max_steps=60), random.Random(0)
+    said, info = env.reset()
+    heard, ended = said + " ".join(info["admissible"]), False
+    while not ended:
+        assert set(re.findall(r"[a-z]+ \d+", info["page"])) <= set(re.findall(r"[a-z]+ \d+", heard))
+        said, _, won, truncated, info = env.step(rng.choice(info["admissible"]))
+        heard, ended = heard + " " + said, won or truncated
+        assert all(f"Hold {parts(action)[1]}" in info["page"] for action in info["admissible"] if action.startswith("move "))
+    env.close()
+
+
 def test_a_search_does_not_depend_on_where_the_data_lies():
     """And begins at most four places before the thing, elsewhere for another game."""
     walkthrough = ["go to shelf 5", "take mug 1 from shelf 5", "go to desk 1", "move mug 1 to desk 1"]
@@ -225,7 +270,7 @@ def test_a_search_does_not_depend_on_where_the_data_lies():
     for folder in ("/data", "/elsewhere/data"):
         for trial in range(40):
             demonstrator = Demonstrator(f"{folder}/train/pick_and_place_simple-Mug-None-Desk-1/trial_{trial}/game.tw-pddl", walkthrough)
-            demonstrator.reset(admissible)
+            demonstrator.reset([a[6:] for a in admissible])
             switch, subgoal, action = demonstrator.advise("", admissible)
             assert switch and subgoal == "find and take mug" and first.setdefault(trial, action) == action
     assert set(first.values()) == {f"go to shelf {n}" for n in range(1, 6)}

@@ -858,7 +858,7 @@ def assert_user_error(main, words, place, capfd):
     ("--out run --lr 0.123", "0.123"), ("--out mine", "mine"), ("--out typo.yaml", "typo.yaml"), ("--method grpo --group 1", "at least 2"),
     ("--method grpo --group 3", "multiple"), ("--prompt flat", "no switches"), ("--method ppo --segments single", "--method hiper"),
     ("--segments fixed:0", "fixed:K"), ("--decisions plan", "--decisions"), ("--start mine", "--start mine"), ("--heads 4", "2 or 3"),
-    ("--checklist 2", "--checklist"), ("--method grpo --group 4 --episodes 0", "--episodes")])
+    ("--checklist 2", "--checklist"), ("--page true", "--page"), ("--disguises 1", "--disguises"), ("--blunders 2", "--blunders"), ("--method grpo --group 4 --episodes 0", "--episodes")])
 def test_training_refuses_in_one_sentence(place, capfd, words, said):
     small = [word for name, x in {**FLAGS, "iterations": 1}.items() if f"--{name}" not in words for word in (f"--{name}", x)]
     assert said in assert_user_error(train.main, [*words.split(), *small], place, capfd)

@@ -1,0 +1,48 @@
+"""What a player of ALFWorld has seen so far, on one page, for a model too small to keep it in mind from the game's own sentences.
+
+    Nothing happens. At desk 1: mug 2, pen 1. Hold cup 1 clean. Seen mug 1 at shelf 2. Been at shelf 1, shelf 2. Unseen bed 1, drawer 1.
+
+Nothing is there but what the engine has said to the player: `At` tells the place and what lies in it, or that it is closed; `Seen` and
+`Been at`, elsewhere, the things and places of a kind that the task names; `Unseen` the places not yet looked into, in the order of their names.
+"""
+import re
+
+
+class Page:
+    """places: names in their order; task: the sentence."""
+
+    def __init__(self, places, task):
+        self.places, self.words = places, set(re.findall(r"[a-z]+", task))
+        self.place, self.held, self.lies, self.known, self.shut, self.marks, self.nothing = None, None, {}, set(), set(), {}, False
+
+    def follow(self, verb, thing, place, observation):
+        """An action's parts (see alfworld_expert.parts) and what the engine answered."""
+        self.nothing = observation == "Nothing happens."
+        if self.nothing:
+            return
+        if verb in ("go", "open", "close"):
+            self.place = place = place or thing
+            (self.shut.add if "is closed" in observation or verb == "close" else self.shut.discard)(place)
+            if "you see" in observation:
+                self.known.add(place)
+                self.lies = {what: where for what, where in self.lies.items() if where != place}
+                self.lies.update(dict.fromkeys(re.findall(r"\ban? ([a-z]+ \d+)", observation), place))
+        elif verb == "take":
+            self.held = thing
+            self.lies.pop(thing, None)
+        elif verb == "move":
+            self.held, self.lies[thing] = None, place
+        elif verb in ("clean", "heat", "cool"):
+            marks = self.marks.setdefault(thing, [])
+            marks[:] = [mark for mark in marks if "clean" in (verb, mark) and mark != verb] + [verb]           # what is heated is not cool
+
+    def __str__(self):
+        named = lambda name: name.rpartition(" ")[0] in self.words
+        here = [thing for thing, place in self.lies.items() if place == self.place]
+        at = "In the middle." if not self.place else f"At {self.place} closed." if self.place in self.shut else \
+            f"At {self.place}: {', '.join(here) or 'nothing'}."
+        lists = {"Seen": [f"{thing} at {place}" for thing, place in self.lies.items() if named(thing) and place != self.place],
+                 "Been at": [place for place in self.places if named(place) and place in self.known and place != self.place],
+                 "Unseen": [place for place in self.places if place not in self.known and place != self.place]}
+        hold = " ".join([self.held or "nothing", *self.marks.get(self.held, ())])
+        return " ".join(["Nothing happens."] * self.nothing + [at, f"Hold {hold}."] + [f"{name} {', '.join(x)}." for name, x in lists.items() if x])

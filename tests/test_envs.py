@@ -417,7 +417,7 @@ def processes(monkeypatch):
 
 @pytest.mark.parametrize("action, why", [("die", "died (exit 3)"), ("hang", "did not answer within 1 s")])
 def test_a_worker_that_dies_or_hangs_is_replaced_and_its_episodes_are_lost(far, processes, monkeypatch, action, why):
-    lost = {"task": "", "task_type": "", "admissible": [], "won": False, "score": 0.0, "progress": 0.0, "lost": why}
+    lost = {"task": "", "task_type": "", "admissible": [], "won": False, "score": 0.0, "progress": 0.0, "page": "", "lost": why}
     with envs.Runner(far, workers=2) as runner:
         runner.reset({slot: 4 for slot in range(5)})
         runner.step({2: "east"})

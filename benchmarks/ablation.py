@@ -78,15 +78,15 @@ def reached(curve, level=0.8, width=3):
 
 
 def table(lines):
-    print(f"{'method':7s} {'prompt':13s} n  start      final        to 80 %  {'  '.join(f'{f:>6s}' for f in FAMILIES)}  minutes  paper")
+    print(f"{'method':7s} {'prompt':13s} n  start      final       80 % at iteration  {'  '.join(f'{f:>6s}' for f in FAMILIES)}  minutes  paper")
     for method, prompt in dict.fromkeys((line["method"], line["prompt"]) for line in lines):
-        cell = [line for line in lines if (line["method"], line["prompt"]) == (method, prompt)]
+        cell = sorted((line for line in lines if (line["method"], line["prompt"]) == (method, prompt)), key=lambda line: line["seed"])
         percent = lambda key: [100 * line[key] for line in cell]
         sd = statistics.stdev(percent("success_final")) if len(cell) > 1 else float("nan")
         to80 = [line["iterations_to_80"] or f">{len(line['curve'])}" for line in cell]
         family = [statistics.mean(100 * rate for line in cell for kind, rate in line["per_task_type"].items() if f in kind) for f in FAMILIES]
         print(f"{method:7s} {prompt:13s} {len(cell)}  {statistics.mean(percent('success_start')):5.1f}  "
-              f"{statistics.mean(percent('success_final')):5.1f} +- {sd:4.1f}  {','.join(map(str, to80)):>9s}  "
+              f"{statistics.mean(percent('success_final')):5.1f} +- {sd:4.1f}  {','.join(map(str, to80)):>19s}  "
               f"{'  '.join(f'{x:6.1f}' for x in family)}  {statistics.mean(line['seconds'] for line in cell) / 60:7.1f}  "
               f"{PAPER.get((method, prompt), '')}")
 
@@ -106,7 +106,7 @@ def picture(lines, path):
                 at = [[100 * c[i] for c in curves if i < len(c)] for i in range(max(map(len, curves)))]
                 mean, sd = [statistics.mean(x) for x in at], [statistics.pstdev(x) for x in at]
                 axis.plot(mean, color=color, label=f"{method}, {len(curves)} seed{'s' * (len(curves) > 1)}")
-                axis.fill_between(range(len(at)), [m - s for m, s in zip(mean, sd)], [m + s for m, s in zip(mean, sd)], color=color, alpha=0.15)
+                axis.fill_between(range(len(at)), [m - s for m, s in zip(mean, sd)], [m + s for m, s in zip(mean, sd)], color=color, alpha=0.1, linewidth=0)
         axis.set(title=f"{prompt} prompt", xlabel="iteration (128 episodes each)", ylim=(0, 100))
         if axis.lines:
             axis.legend(frameon=False, loc="upper left")

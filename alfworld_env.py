@@ -39,14 +39,14 @@ from collections import Counter
 from pathlib import Path
 
 from alfworld_expert import Demonstrator, disguise, natural, parts  # noqa: F401, disguise: for cloning
-from alfworld_page import Page
+from alfworld_page import NOTHING, Page
 
 IN_PROCESS = False  # The engine crashes in threads. Several envs of one process, stepped in turn, get along.
 SPLITS = ("train", "valid_seen", "valid_unseen")
 TASK_TYPES = ("pick_and_place_simple", "look_at_obj_in_light", "pick_clean_then_place_in_recep",
               "pick_heat_then_place_in_recep", "pick_cool_then_place_in_recep", "pick_two_obj_and_place")
 
-TITLE, TASK, NOTHING = "-= Welcome to TextWorld, ALFRED! =-", "Your task is to: ", "Nothing happens."
+TITLE, TASK = "-= Welcome to TextWorld, ALFRED! =-", "Your task is to: "
 GAMES, SENTENCES, FACTS = 512, 512, 20_000                # how much the engine remembers, about 60 MB: see _engine_class
 SOLVABLE = re.compile(rb'"solvable":\s*true')             # much cheaper than parsing some thousand 80 kB files
 
@@ -150,9 +150,9 @@ class AlfworldEnv:
             state = self._engine.reset()
         self._steps = 0
         places = sorted((a.removeprefix("go to ") for a in state.admissible_commands if a.startswith("go to ")), key=natural)
-        self._demonstrator.reset(places)
         room, _, task = state.feedback.partition(TASK)
         self._task, self._page = task.strip(), Page(places, task)
+        self._demonstrator.reset(self._page)
         return room.replace(TITLE, "").strip(), self._info(state)
 
     def step(self, action):

@@ -1,12 +1,12 @@
 """A demonstrator for one game of ALFWorld, for where there are no pretrained weights: what he is to do he has from the game's walkthrough.
 
     demonstrator = Demonstrator(gamefile, walkthrough)
-    demonstrator.reset(places)                          at the game's beginning
-    demonstrator.follow(*parts(action))                 after each action that did something
+    demonstrator.reset(page)                            at the game's beginning; an alfworld_page.Page, which knows what happened since
+    demonstrator.follow(*parts(action))                 after each action that did something, and after the page
     switch, subgoal, action = demonstrator.advise(carried, admissible)
 
-Where a thing lies he pretends not to know: he begins up to four places before and looks into one after the other, in the order of their
-names, as one can who does not know. Nothing here needs the engine; admissible actions are lists of str.
+Where a thing lies that he has not seen he pretends not to know: he begins up to four places before and looks into one after the other, in
+the order of their names, as one can who does not know. Nothing here needs the engine; admissible actions are lists of str.
 """
 import re
 import zlib
@@ -35,25 +35,16 @@ class Demonstrator:
             elif verb == "use":
                 self._light, self._lamp = subgoal_of(action), here
 
-    def reset(self, places):
-        """The game begins; nothing has been done yet. places: names in their order."""
-        self._place, self._held, self._lies, self._state, self._delivered = None, None, {}, {}, set()
-        self._places = places
+    def reset(self, page):
+        """The game begins; nothing has been done yet."""
+        self._page, self._delivered = page, set()
 
     def follow(self, verb, thing, place):
-        """Keep in mind where one is, what is in hand and what has been done."""
-        if verb == "go":
-            self._place = place
-        elif verb == "take":
-            self._held = thing
+        """Keep in mind what lies where it shall."""
+        if verb == "take":
             self._delivered.discard(thing)
-        elif verb == "move":
-            self._held, self._lies[thing] = None, place
-            if self._dest and kind(place) == kind(self._dest) and kind(thing) == self._kind and self._treated(thing):
-                self._delivered.add(thing)
-        elif verb in APPLIANCES:
-            undone = {"heat", "cool"} if verb != "clean" else set()
-            self._state[thing] = self._state.get(thing, set()) - undone | {verb}
+        elif verb == "move" and self._dest and kind(place) == kind(self._dest) and kind(thing) == self._kind and self._treated(thing):
+            self._delivered.add(thing)
 
     def advise(self, subgoal, admissible):
         """What he does now who carries `subgoal` -> (switch, subgoal, action), or None where he cannot say.
@@ -71,30 +62,30 @@ class Demonstrator:
         """All that one could set out to do now; what the task wants is among them. Empty for a game without walkthrough."""
         if not self._kind:
             return []
-        if self._held is None:
+        if self._page.held is None:
             return [self._seek]
-        if kind(self._held) != self._kind:
-            return [f"put down {kind(self._held)}"]
-        treat = [subgoal_of(f"{verb} {self._held} with {place}") for verb, place in APPLIANCES.items()
-                 if place in self._places and verb not in self._state.get(self._held, ())]
-        bring = [subgoal_of(f"move {self._held} to {self._dest}")] if self._dest else []
+        if kind(self._page.held) != self._kind:
+            return [f"put down {kind(self._page.held)}"]
+        treat = [subgoal_of(f"{verb} {self._page.held} with {place}") for verb, place in APPLIANCES.items()
+                 if place in self._page.places and verb not in self._page.marks.get(self._page.held, ())]
+        bring = [subgoal_of(f"move {self._page.held} to {self._dest}")] if self._dest else []
         return treat + [self._light] * bool(self._light) + bring
 
     def _plan(self):
         """The subgoal that serves the task now."""
         goals = self.subgoals()
-        if self._held is None or kind(self._held) != self._kind:
+        if self._page.held is None or kind(self._page.held) != self._kind:
             return goals[0]
-        return goals[-1] if self._treated(self._held) else f"{self._treat} {self._kind}"
+        return goals[-1] if self._treated(self._page.held) else f"{self._treat} {self._kind}"
 
     def _treated(self, thing):
-        return not self._treat or self._treat in self._state.get(thing, ())
+        return not self._treat or self._treat in self._page.marks.get(thing, ())
 
     def _pursue(self, subgoal, admissible):
         """The next action towards `subgoal`, or None where it is reached, hopeless or not one of ours."""
         if subgoal not in self.subgoals():
             return None
-        verb, held = subgoal.split(" ", 1)[0], self._held
+        verb, held = subgoal.split(" ", 1)[0], self._page.held
         if verb == "find":
             return self._find(admissible)
         if verb == "use":
@@ -103,24 +94,20 @@ class Demonstrator:
         if verb in APPLIANCES:
             place = APPLIANCES[verb]
             return next((a for a in (f"{verb} {held} with {place}", f"go to {place}") if a in admissible), None)
-        down = self._place or self._places[0]
+        down = self._page.place or self._page.places[0]
         spot = down if verb == "put" and (subgoal.startswith("put down") or kind(down) == kind(self._dest)) else self._dest
         return reach(spot, admissible) or f"move {held} to {spot}"
 
     def _find(self, admissible):
-        """Take one of the things, or look into the next place on the way to it."""
-        lying = {thing: self._lies.get(thing, place) for thing, place in self._things.items() if thing not in self._delivered}
-        here = [a for a in admissible if a.startswith(f"take {self._kind} ") and parts(a)[1] not in self._delivered]
-        if here or not lying:
-            return here[0] if here else None
-        thing, place = next(iter(lying.items()))
-        end = self._places.index(place)
-        route = self._places[max(0, end - zlib.crc32(f"{self._game} {thing}".encode()) % 5):end + 1]
-        if self._place in route:
-            shut, route = reach(self._place, admissible), route[route.index(self._place) + 1:]
-            if shut:
-                return shut
-        return next(filter(None, (reach(place, admissible) for place in route)), None)
+        """Take one of the things, go where one was seen, or look into the next place on the way to one."""
+        wanted = [a for a in admissible if a.startswith(f"take {self._kind} ") and parts(a)[1] not in self._delivered]
+        seen = [place for thing, place in self._page.lies.items() if kind(thing) == self._kind and thing not in self._delivered]
+        hidden = [place for thing, place in self._things.items() if thing not in self._page.lies]
+        if wanted or seen or not hidden:
+            return wanted[0] if wanted else reach(seen[0], admissible) if seen else None
+        end = self._page.places.index(hidden[0])
+        route = self._page.places[max(0, end - zlib.crc32(f"{self._game} {self._kind}".encode()) % 5):end + 1]
+        return next(filter(None, (reach(place, admissible) for place in route if place not in self._page.known)), None)
 
 
 def parts(action):

@@ -7,6 +7,10 @@ Nothing is there but what the engine has said to the player: `At` tells the plac
 """
 import re
 
+from alfworld_expert import APPLIANCES, kind
+
+NOTHING = "Nothing happens."
+
 
 class Page:
     """places: names in their order; task: the sentence."""
@@ -17,7 +21,7 @@ class Page:
 
     def follow(self, verb, thing, place, observation):
         """An action's parts (see alfworld_expert.parts) and what the engine answered."""
-        self.nothing = observation == "Nothing happens."
+        self.nothing = observation == NOTHING
         if self.nothing:
             return
         if verb in ("go", "open", "close"):
@@ -32,12 +36,12 @@ class Page:
             self.lies.pop(thing, None)
         elif verb == "move":
             self.held, self.lies[thing] = None, place
-        elif verb in ("clean", "heat", "cool"):
+        elif verb in APPLIANCES:
             marks = self.marks.setdefault(thing, [])
             marks[:] = [mark for mark in marks if "clean" in (verb, mark) and mark != verb] + [verb]           # what is heated is not cool
 
     def __str__(self):
-        named = lambda name: name.rpartition(" ")[0] in self.words
+        named = lambda name: kind(name) in self.words
         here = [thing for thing, place in self.lies.items() if place == self.place]
         at = "In the middle." if not self.place else f"At {self.place} closed." if self.place in self.shut else \
             f"At {self.place}: {', '.join(here) or 'nothing'}."
@@ -45,4 +49,4 @@ class Page:
                  "Been at": [place for place in self.places if named(place) and place in self.known and place != self.place],
                  "Unseen": [place for place in self.places if place not in self.known and place != self.place]}
         hold = " ".join([self.held or "nothing", *self.marks.get(self.held, ())])
-        return " ".join(["Nothing happens."] * self.nothing + [at, f"Hold {hold}."] + [f"{name} {', '.join(x)}." for name, x in lists.items() if x])
+        return " ".join([NOTHING] * self.nothing + [at, f"Hold {hold}."] + [f"{name} {', '.join(x)}." for name, x in lists.items() if x])

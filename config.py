@@ -41,7 +41,8 @@ class Config:
     history: int = knob(0, "past (observation, action) pairs in the prompt (paper: 2; household's page sums up the past itself)")
     brief: bool = knob(True, "short prompt without instructions, for a model that was cloned (paper: false)")
     show_admissible: bool = knob(False, "list the admissible actions in the prompt (paper: true)")
-    page: bool = knob(False, "show what was seen so far summed up in a line, where the world can (alfworld), for a model too small to keep it in mind")
+    page: bool = knob(False, "show what was seen so far summed up in a line, where the world can (alfworld), for a model too small to keep "
+                      "it in mind")
     max_prompt: int = knob(2048, "prompt tokens at the most (paper: 2048)")
     max_response: int = knob(24, "response tokens at the most (paper: 512)")
     success_reward: float = knob(10.0, "reward of winning (paper: 10)")
@@ -133,8 +134,9 @@ def check(config):
     for name in ("iterations", "episodes", "slots", "epochs", "minibatch", "tokens_per_batch", "max_prompt", "max_response", "save_every"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(config, name)}")
-    for name in ("env_workers", "history", "eval_episodes", "demos", "demo_tasks", "disguises", "reading", "critic_warmup", "show_every", "lr", "critic_lr", "kl", "kl_rest", "clip", "group",
-                 "value_clip", "eval_temperature", "invalid_penalty", "keep_penalty", "drift_penalty", "gigpo_weight"):
+    for name in ("env_workers", "history", "eval_episodes", "demos", "demo_tasks", "disguises", "reading", "critic_warmup", "show_every",
+                 "lr", "critic_lr", "kl", "kl_rest", "clip", "group", "value_clip", "eval_temperature", "invalid_penalty", "keep_penalty",
+                 "drift_penalty", "gigpo_weight"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name} must not be negative, not {getattr(config, name)}")
     for name in ("temperature", "max_grad_norm", "clone_epochs", "clone_lr"):

@@ -116,8 +116,11 @@ class Seat:
 
     def __init__(self, index, observation, info, style):
         self.index, self.task, self.task_type, self.style = index, info["task"], info["task_type"], style
-        self.observation, self.info, self.subgoal = info["page"] if style.page else observation, info, ""
-        self.past, self.turns, self.progress = deque(maxlen=style.history), [], 0.0
+        self.past, self.turns, self.progress, self.subgoal = deque(maxlen=style.history), [], 0.0, ""
+        self.see(observation, info)
+
+    def see(self, observation, info):
+        self.observation, self.info = info["page"] if self.style.page else observation, info
 
     def prompt(self, history=True):
         past, actions = self.past if history else (), self.info["admissible"] if self.style.show_admissible else ()
@@ -148,7 +151,7 @@ class Seat:
             reward -= style.keep_penalty + style.drift_penalty * (decision.subgoal != carried)
         self.turns.append(Turn(prompt_ids, response_ids, decision, opened, self.subgoal, self.observation, reward, carried))
         self.past.append((self.observation, decision.action))
-        self.observation, self.info = info["page"] if style.page else observation, info
+        self.see(observation, info)
         self.ended, self.truncated = terminated or truncated, truncated and not terminated
         return self.ended
 

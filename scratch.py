@@ -22,9 +22,9 @@ def demonstrations(runner, tasks, *, plan_noise, act_noise=0.0, slips, blunders=
     He is a poor planner: with probability `plan_noise` he switches to any subgoal that one could have (`info["subgoals"]`, where
     the world lists them), and that is what is shown. As an executor he knows what to do, but with probability `act_noise` does and
     shows anything admissible. With probability `slips` another action happens instead, admissible here or earlier: shown is what he
-    meant, so that the clone has seen how to go on after a mistake. With probability `blunders` it is something that could be done in another
-    episode and mostly cannot here: a clone that errs so must not have learnt to repeat itself. Then come all of them again, `disguises` times, each time under other
-    names. RuntimeError where the world has no expert, or no `disguise`.
+    meant, so that the clone has seen how to go on after a mistake. With probability `blunders` it is something that could be done in
+    another episode and mostly cannot here: a clone that errs so must not have learnt to repeat itself. Then come all of them again,
+    `disguises` times, each time under other names. RuntimeError where the world has no expert, or no `disguise`.
     """
     rng, shown, tasks = random.Random(seed), [], list(tasks)
     for start in range(0, len(tasks), slots):

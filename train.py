@@ -226,7 +226,7 @@ def run(config, accelerator, out):
     with envs.Runner(config.env, module.SPLITS[0], config.env_workers) as runner:
         policy, tokenizer, reference = build(config, out, runner, accelerator)
         optimizer, first, log = optimizer_of(policy, config), 0, {"lines": [], "evals": []}
-        saved = checkpoint.load(out, mmap=shard.wanted(accelerator))                   # or each process would hold all of it
+        saved = checkpoint.load(out, mmap=shard.wanted(accelerator))        # or each process would hold all of it
         if saved:
             first, log = checkpoint.restore(policy, optimizer, saved)
         del saved

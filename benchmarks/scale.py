@@ -40,8 +40,8 @@ def assumed(s, given):
                            s=1 / (backbones * forward), u=1 / (4 * backbones * forward))   # backward twice a forward, one recomputed
 
 
-def measured(path, s, given):
-    """The same from gpu.py's rows; for another model scaled by its parameters in matrix products, to that of the rows."""
+def measured(path, s):
+    """The same from gpu.py's rows; for another model than the rows' in proportion to its parameters."""
     rows = {row["part"]: row for row in map(json.loads, Path(path).read_text().splitlines())}
     few, many = sorted((int(name.split()[1]), row) for name, row in rows.items() if name.startswith("generate") and name.endswith("slots"))
     b = (many[1]["ms a step"] - few[1]["ms a step"]) / (many[0] - few[0]) / 1e3
@@ -72,27 +72,28 @@ def main():
     parser.add_argument("--model", help="another model: one of plan.SHAPES, or a folder with a config.json")
     parser.add_argument("--measured", help="rows of benchmarks/gpu.py --out")
     for name, default, text in (("turns", 20.0, "on average"), ("longest", 50, "turns"), ("prompt", 750, "tokens"), ("response", 40, "tokens"),
-                                ("world", 0.004, "s a step of the world"), ("cores", 12, "beside each GPU"), ("episodes", 0, "an iteration; 0: the configuration's")):
+                                ("world", 0.004, "s a step of the world"), ("cores", 12, "beside each GPU"),
+                                ("episodes", 0, "an iteration; 0: the configuration's")):
         parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
     given = parser.parse_args()
     config = read_config([given.config, *(["--model", given.model] if given.model else [])])
     given.episodes = given.episodes or config.episodes
     s = plan.sizes(plan.built_in(config.model) if config.model in plan.SHAPES else plan.configuration(config.model)[0])
-    part = measured(given.measured, s, given) if given.measured else assumed(s, given)
+    part = measured(given.measured, s) if given.measured else assumed(s, given)
     holds = lambda gpus, sharded: (found := plan.fits(s, config, MEMORY, gpus, sharded))[0] >= 0 or found[1] != ""
     sharded = not holds(GPUS[-1], False)
     titles = ("rollout", "worlds", "score", "update", "exchange", "seconds", "speed-up", "turns/s")
     source = f"measured: {given.measured}" if given.measured else "ASSUMED, not measured: " + ", ".join(f"{k} {v:g}" for k, v in ASSUMED.items())
     print(f"{source}\n{config.model or 'tiny'}, {'in shards' if sharded else 'weights replicated'}; {given.episodes} episodes of {given.turns:g} turns, "
           f"{given.longest} at most; prompts of {given.prompt} tokens, responses of {given.response}\n\nGPUs   " + "".join(f"{name:>10s}" for name in titles))
-    totals = {}
+    one = None                                                          # GPU-seconds of the fewest that hold the model
     for gpus in [n for n in GPUS if n <= given.episodes and (not sharded or n > 1 and holds(n, True))]:
         seconds = cost(part, s, config, given, gpus, sharded)
-        totals[gpus] = total = sum(seconds.values())
-        few = min(totals)
+        total = sum(seconds.values())
+        one = one or gpus * total
         print(f"{gpus:4d}   " + "".join(f"{x:10.1f}" for x in (*seconds.values(), total)) +
-              f"{few * totals[few] / total:9.1f}x{given.episodes * given.turns / seconds['rollout']:10.0f}")
-    print(f"scale: {few * totals[few] / total:.1f}x")
+              f"{one / total:9.1f}x{given.episodes * given.turns / seconds['rollout']:10.0f}")
+    print(f"scale: {one / total:.1f}x")
 
 
 if __name__ == "__main__":

@@ -270,7 +270,7 @@ def test_a_search_does_not_depend_on_where_the_data_lies():
     for folder in ("/data", "/elsewhere/data"):
         for trial in range(40):
             demonstrator = Demonstrator(f"{folder}/train/pick_and_place_simple-Mug-None-Desk-1/trial_{trial}/game.tw-pddl", walkthrough)
-            demonstrator.reset([a[6:] for a in admissible])
+            demonstrator.reset(Page([a[6:] for a in admissible], "put a mug in desk."))
             switch, subgoal, action = demonstrator.advise("", admissible)
             assert switch and subgoal == "find and take mug" and first.setdefault(trial, action) == action
     assert set(first.values()) == {f"go to shelf {n}" for n in range(1, 6)}

@@ -49,7 +49,7 @@ def test_parts_are_read_from_measured_rows(tmp_path):
             "update": {"scored tokens/s": 9e4, "tokens/s": 4e4}, "update, checkpointing": {"tokens/s": 3e4}}
     (tmp_path / "rows").write_text("".join(json.dumps({"part": part, **row}) + "\n" for part, row in rows.items()))
     for times in (1, 2):
-        part = scale.measured(tmp_path / "rows", SimpleNamespace(actor=1.5e9 * times), None)
+        part = scale.measured(tmp_path / "rows", SimpleNamespace(actor=1.5e9 * times))
         assert [part.a, part.b, part.c] == pytest.approx([0.0236 * times, 1e-4 * times, 4e-6 * times])
         assert [part.s, part.u] == pytest.approx([9e4 / times, 3e4 / times])
 

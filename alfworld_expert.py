@@ -20,7 +20,7 @@ class Demonstrator:
 
     def __init__(self, gamefile, walkthrough):
         self._game, here = "/".join(Path(gamefile).parts[-3:-1]), None     # wherever the data lies
-        self._things, self._kind, self._seek, self._treat, self._dest, self._light, self._lamp = {}, "", "", "", "", "", None
+        self._things, self._kind, self._seek, self._treat, self._dest, self._light, self._lamp, self._lit = {}, *[""] * 7
         for action in walkthrough:                              # what it gives away
             verb, thing, place = parts(action)
             if verb == "go":
@@ -33,7 +33,7 @@ class Demonstrator:
             elif verb == "move":
                 self._dest = place
             elif verb == "use":
-                self._light, self._lamp = subgoal_of(action), here
+                self._light, self._lamp, self._lit = subgoal_of(action), thing, here
 
     def reset(self, page):
         """The game begins; nothing has been done yet."""
@@ -90,23 +90,29 @@ class Demonstrator:
             return self._find(admissible)
         if verb == "use":
             here = [a for a in admissible if a.startswith(subgoal)]
-            return here[0] if here else reach(self._lamp, admissible)
+            return here[0] if here else self._toward(kind(self._lamp), self._lit, admissible)
         if verb in APPLIANCES:
             place = APPLIANCES[verb]
             return next((a for a in (f"{verb} {held} with {place}", f"go to {place}") if a in admissible), None)
         down = self._page.place or self._page.places[0]
-        spot = down if verb == "put" and (subgoal.startswith("put down") or kind(down) == kind(self._dest)) else self._dest
+        spot = down if subgoal.startswith("put down") else next(p for p in self._page.places if kind(p) == kind(self._dest))
         return reach(spot, admissible) or f"move {held} to {spot}"
 
     def _find(self, admissible):
-        """Take one of the things, go where one was seen, or look into the next place on the way to one."""
+        """Take one of the things, or go on towards one."""
         wanted = [a for a in admissible if a.startswith(f"take {self._kind} ") and parts(a)[1] not in self._delivered]
-        seen = [place for thing, place in self._page.lies.items() if kind(thing) == self._kind and thing not in self._delivered]
+        if wanted:
+            return wanted[0]
         hidden = [place for thing, place in self._things.items() if thing not in self._page.lies]
-        if wanted or seen or not hidden:
-            return wanted[0] if wanted else reach(seen[0], admissible) if seen else None
-        end = self._page.places.index(hidden[0])
-        route = self._page.places[max(0, end - zlib.crc32(f"{self._game} {self._kind}".encode()) % 5):end + 1]
+        return self._toward(self._kind, hidden[0] if hidden else "", admissible)
+
+    def _toward(self, sort, place, admissible):
+        """Go where a thing of this kind was seen; else look into the next place on the way to `place`, where one is; None if it is ""."""
+        seen = [place for thing, place in self._page.lies.items() if kind(thing) == sort and thing not in self._delivered]
+        if seen or not place:
+            return reach(seen[0], admissible) if seen else None
+        end = self._page.places.index(place)
+        route = self._page.places[max(0, end - zlib.crc32(f"{self._game} {sort}".encode()) % 5):end + 1]
         return next(filter(None, (reach(place, admissible) for place in route if place not in self._page.known)), None)
 
 

@@ -1,9 +1,10 @@
 """What a player of ALFWorld has seen so far, on one page, for a model too small to keep it in mind from the game's own sentences.
 
-    Nothing happens. At desk 1: mug 2, pen 1. Hold cup 1 clean. Seen mug 1 at shelf 2. Been at shelf 1, shelf 2. Unseen bed 1, drawer 1.
+    Nothing happens. At desk 1: mug 2. Hold cup 1 clean. Seen mug 1 at shelf 2. Named shelf 1, shelf 2. Unseen drawer 1, bed 1.
 
-Nothing is there but what the engine has said to the player: `At` tells the place and what lies in it, or that it is closed; `Seen` and
-`Been at`, elsewhere, the things and places of a kind that the task names; `Unseen` the places not yet looked into, in the order of their names.
+Nothing is there but what the engine has said to the player, and of that what concerns the task: `At` tells the place and what lies in it,
+or that it is closed; `Seen` what lies elsewhere, both of things of a kind that the task names; `Named` the places of such a kind; `Unseen`
+the places not yet looked into, in the order of their names, round from where one is.
 """
 import re
 
@@ -42,11 +43,13 @@ class Page:
 
     def __str__(self):
         named = lambda name: kind(name) in self.words
-        here = [thing for thing, place in self.lies.items() if place == self.place]
+        things = {thing: place for thing, place in self.lies.items() if named(thing)}
+        here = [thing for thing, place in things.items() if place == self.place]
         at = "In the middle." if not self.place else f"At {self.place} closed." if self.place in self.shut else \
             f"At {self.place}: {', '.join(here) or 'nothing'}."
-        lists = {"Seen": [f"{thing} at {place}" for thing, place in self.lies.items() if named(thing) and place != self.place],
-                 "Been at": [place for place in self.places if named(place) and place in self.known and place != self.place],
-                 "Unseen": [place for place in self.places if place not in self.known and place != self.place]}
+        turn = self.places.index(self.place) if self.place in self.places else 0
+        lists = {"Seen": [f"{thing} at {place}" for thing, place in things.items() if place != self.place],
+                 "Named": [place for place in self.places if named(place)],
+                 "Unseen": [place for place in self.places[turn:] + self.places[:turn] if place not in self.known and place != self.place]}
         hold = " ".join([self.held or "nothing", *self.marks.get(self.held, ())])
         return " ".join([NOTHING] * self.nothing + [at, f"Hold {hold}."] + [f"{name} {', '.join(x)}." for name, x in lists.items() if x])

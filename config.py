@@ -41,7 +41,7 @@ class Config:
     history: int = knob(0, "past (observation, action) pairs in the prompt (paper: 2; household's page sums up the past itself)")
     brief: bool = knob(True, "short prompt without instructions, for a model that was cloned (paper: false)")
     show_admissible: bool = knob(False, "list the admissible actions in the prompt (paper: true)")
-    page: bool = knob(False, "show what was seen so far summed up in a line, where the world can (alfworld), for a model too small to keep "
+    page: bool = knob(False, "show what was seen so far summed up in a line, where the world can (alfworld, webshop), for a model too small to keep "
                       "it in mind")
     max_prompt: int = knob(2048, "prompt tokens at the most (paper: 2048)")
     max_response: int = knob(24, "response tokens at the most (paper: 512)")
@@ -95,8 +95,6 @@ class Config:
     blunders: float = knob(0.0, "probability that instead an action of another episode is tried, which mostly nothing comes of")
     disguises: int = knob(0, "further copies of each demonstration under permuted names (alfworld), so that the clone reads them instead of "
                           "reciting them")
-    reading: float = knob(0.0, "weight, beside the answers, of foretelling the demonstrations' prompts token by token: a page says most things "
-                          "twice, and who foretells the second time has learnt to copy")
     clone_epochs: int = knob(2, "passes over the demonstrations")
     clone_lr: float = knob(2e-3, "learning rate of cloning")
     # reporting
@@ -134,7 +132,7 @@ def check(config):
     for name in ("iterations", "episodes", "slots", "epochs", "minibatch", "tokens_per_batch", "max_prompt", "max_response", "save_every"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(config, name)}")
-    for name in ("env_workers", "history", "eval_episodes", "demos", "demo_tasks", "disguises", "reading", "critic_warmup", "show_every",
+    for name in ("env_workers", "history", "eval_episodes", "demos", "demo_tasks", "disguises", "critic_warmup", "show_every",
                  "lr", "critic_lr", "kl", "kl_rest", "clip", "group", "value_clip", "eval_temperature", "invalid_penalty", "keep_penalty",
                  "drift_penalty", "gigpo_weight"):
         if getattr(config, name) < 0:

@@ -258,21 +258,20 @@ class ActorCritic(nn.Module):
         nn.init.zeros_(self.heads.weight)
         nn.init.zeros_(self.heads.bias)
 
-    def forward(self, ids, prompt_lengths, lengths, subgoal_end, parts=("logp", "values"), lead=0):
+    def forward(self, ids, prompt_lengths, lengths, subgoal_end, parts=("logp", "values")):
         """Score N turns -> Scores (None for the parts not asked for).
 
         ids: int [N, P + L], each row prompt then response, right-padded (so causal attention needs no mask, and positions are
         those of generation); prompt_lengths, lengths: int [N] prompt and response tokens; subgoal_end: int [N] index *in the
-        response* of the last token of </subgoal>, -1 (the last prompt token) where there is none; lead: int [N] or 0, prompt tokens before
-        the response that logp and entropy begin with.
+        response* of the last token of </subgoal>, -1 (the last prompt token) where there is none.
         """
         hidden = self.actor.base_model(input_ids=ids, use_cache=False).last_hidden_state    # [N, P + L, H]
         logp = entropy = v_high = v_low = v_switch = None
         rows = torch.arange(len(ids), device=ids.device)
         if "logp" in parts:
-            offset = torch.arange(int((lengths + lead).max()), device=ids.device)           # [L]
-            where = offset < (lengths + lead)[:, None]                                      # [N, L]
-            at = ((prompt_lengths - lead)[:, None] - 1 + offset)[where]                     # [M] one before each response token
+            offset = torch.arange(int(lengths.max()), device=ids.device)                    # [L]
+            where = offset < lengths[:, None]                                               # [N, L]
+            at = (prompt_lengths[:, None] - 1 + offset)[where]                              # [M] one before each response token
             n = rows[:, None].expand_as(where)[where]                                       # [M]
             flat = token_logp(hidden[n, at], ids[n, at + 1], self.actor.get_output_embeddings(), self.temperature)
             logp, entropy = (hidden.new_zeros(where.shape, dtype=torch.float32).index_put((where,), x) for x in flat)

@@ -91,12 +91,11 @@ def tiny_model(tokenizer, attention="eager", hidden=128, layers=2):
     return model
 
 
-def clone(policy, tokenizer, shown, *, epochs, lr, seed, gamma, success_reward, batch=32, value_weight=0.002, reading=0.0,
-          max_prompt=None, tokens=2 ** 14, progress=iter):
+def clone(policy, tokenizer, shown, *, epochs, lr, seed, gamma, success_reward, batch=32, value_weight=0.002, max_prompt=None,
+          tokens=2 ** 14, progress=iter):
     """Supervised learning of the demonstrations, in place: the actor their responses, the value heads their returns.
 
-    reading: weight of the prompts' own tokens, mean nats, beside the responses': a page says most things twice, and who learns to foretell
-    the second time has learnt to copy; max_prompt: tokens, a longer prompt loses its left end; tokens: in one forward, padding included.
+    max_prompt: tokens, a longer prompt loses its left end; tokens: in one forward, padding included.
     -> mean loss of the responses over the last twenty steps, nats per token. The clone acts as the demonstrator did, so his
     returns are the clone's too, or nearly, and the critic need not start blind.
     """
@@ -116,15 +115,11 @@ def clone(policy, tokenizer, shown, *, epochs, lr, seed, gamma, success_reward, 
         optimizer.zero_grad()
         for part in [range(len(rows))] if whole else micro_batches(sizes, tokens):
             index = [rows[i] for i in part]
-            ids, prompts, *rest = samples.rows(index, device)
-            lead = prompts - 1 if reading else torch.zeros_like(prompts)                # all but the first token, or the response alone
-            scores = policy(ids, prompts, *rest, lead=lead)
-            answers = torch.arange(scores.logp.shape[1], device=device) >= lead[:, None]
-            answering = -(scores.logp * answers).sum() / spoken
-            foretelling = -(scores.logp * ~answers).sum() / max(1, sum(sizes) - spoken - len(rows))
+            scores = policy(*samples.rows(index, device))
+            loss = -scores.logp.sum() / spoken
             values = sum(((v - returns[index]) ** 2).sum() / len(rows) for v in (scores.v_high, scores.v_low, scores.v_switch))
-            (answering + reading * foretelling + value_weight * values).backward()
-            total += answering.detach()
+            (loss + value_weight * values).backward()
+            total += loss.detach()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         schedule.step()

@@ -75,7 +75,7 @@ def clone(config, out, runner, accelerator):
     torch.manual_seed(config.seed)
     policy = hiper.ActorCritic(scratch.tiny_model(tokenizer, config.attends), "shared").to(accelerator.device)
     scratch.clone(policy, tokenizer, shown, epochs=config.clone_epochs, lr=config.clone_lr, seed=config.seed, gamma=config.gamma,
-                  success_reward=config.success_reward, reading=config.reading, max_prompt=config.max_prompt, tokens=config.tokens_per_batch,
+                  success_reward=config.success_reward, max_prompt=config.max_prompt, tokens=config.tokens_per_batch,
                   progress=lambda steps: tqdm(steps, "cloning the expert", unit="step"))
     temporary = out / "start.tmp"
     policy.actor.save_pretrained(temporary)

@@ -9,7 +9,7 @@ reward       1.0 for a purchase that scores 1.0, else 0.0.
 terminated   something was bought. truncated: `max_steps` steps without buying.
 info         task (str), task_type (str, the product's category), admissible (list of str), won (bool), score (float: WebShop's
              own score of the purchase, 0 to 1; its mean times 100 is the "task score" of papers), subgoals (list of str),
-             progress (float, see --checklist).
+             progress (float, see --checklist), page (str, see --page).
 
 Data: $WEBSHOP_DATA, see webshop.py. Unset: the made-up catalogue, and a line on stderr that says so.
 
@@ -109,7 +109,22 @@ class WebShopEnv:
         actions = ["search[<your query>]"] * (self.shop.page == "index") + [f"click[{text}]" for text in self.shop.clickables]
         return {"task": self.goal["instruction"], "task_type": self.product.category, "admissible": actions,
                 "won": self.shop.score == 1.0, "score": self.shop.score,
-                "subgoals": self.subgoals(), "progress": self._progress()}
+                "subgoals": self.subgoals(), "progress": self._progress(), "page": self._page()}
+
+    def _page(self):
+        """What the shop shows, in a line, for a model too small to read all of it: of a product the first words of its name, the values
+        that the instruction asks for, of options not yet chosen, and those chosen; of ten results the first words."""
+        shop, brief = self.shop, lambda product: " ".join([product.asin, *re.findall(r"[a-z]+", product.name.lower())[:5]])
+        if shop.page == "results":
+            shown = [shop.catalogue.order[i] for i in shop.hits[10 * shop.number - 10:10 * shop.number]]
+            return f"Results {shop.number}: {', '.join(map(brief, shown)) or 'none'}."
+        if not shop.asin:
+            return "Search."
+        product = shop.catalogue.products[shop.asin]
+        left = [value for option, values in product.options.items() if option not in shop.options for value in values
+                if f": {value}," in self.goal["instruction"] + ","]
+        where = "Product" if shop.page == "item" else shop.page.capitalize() + " of"
+        return f"{where} {brief(product)}. Options: {', '.join(left) or 'none'}. Chosen: {', '.join(shop.options.values()) or 'none'}."
 
     def _progress(self):
         """The share of the task's subtasks that are done: the product's page open, each of its options chosen."""
@@ -181,9 +196,12 @@ class WebShopEnv:
 
     @functools.cached_property
     def _query(self):
-        """The instruction without its price; the product's name where that does not find it."""
-        query = re.sub(r"^Find me |, and price lower than \S+ dollars$", "", self.goal["instruction"])
-        return query if self._number in self.shop.catalogue.index.search(query) else self.product.name
+        """What the instruction calls the product, and the values it asks for; where that does not find it, the instruction without its
+        price, or the product's name."""
+        short = " ".join([self.product.query, *self.goal["options"].values()])
+        whole = re.sub(r"^Find me |, and price lower than \S+ dollars$", "", self.goal["instruction"])
+        find = self.shop.catalogue.index.search
+        return next((query for query in (short, whole) if self._number in find(query)), self.product.name)
 
 
 # ---- a catalogue of nothing real ------------------------------------------------------------------------------------------

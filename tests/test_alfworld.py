@@ -233,20 +233,26 @@ def test_the_page_sums_up_what_was_seen():
         said.append(str(page))
         page.follow(*parts(action), observation)
     assert said + [str(page)] == [
-        "In the middle. Hold nothing. Unseen bed 1, desk 1, drawer 1, shelf 1.",
-        "At shelf 1: mug 2, pen 1. Hold nothing. Unseen bed 1, desk 1, drawer 1.",
-        "At shelf 1: pen 1. Hold mug 2. Unseen bed 1, desk 1, drawer 1.",
-        "Nothing happens. At shelf 1: pen 1. Hold mug 2. Unseen bed 1, desk 1, drawer 1.",
-        "At drawer 1 closed. Hold mug 2. Been at shelf 1. Unseen bed 1, desk 1.",
-        "At drawer 1: egg 1, mug 1. Hold mug 2. Been at shelf 1. Unseen bed 1, desk 1.",
-        "At drawer 1 closed. Hold mug 2. Been at shelf 1. Unseen bed 1, desk 1.",
-        "At drawer 1 closed. Hold mug 2 heat. Been at shelf 1. Unseen bed 1, desk 1.",
-        "At drawer 1 closed. Hold mug 2 heat clean. Been at shelf 1. Unseen bed 1, desk 1.",
-        "At drawer 1 closed. Hold mug 2 clean cool. Been at shelf 1. Unseen bed 1, desk 1.",
-        "At drawer 1 closed. Hold mug 2 clean cool. Been at shelf 1. Unseen bed 1, desk 1.",
-        "At desk 1: nothing. Hold mug 2 clean cool. Seen mug 1 at drawer 1. Been at shelf 1. Unseen bed 1.",
-        "At desk 1: mug 2. Hold nothing. Seen mug 1 at drawer 1. Been at shelf 1. Unseen bed 1.",
-        "At shelf 1: pen 1. Hold nothing. Seen mug 1 at drawer 1, mug 2 at desk 1. Unseen bed 1."]
+        "In the middle. Hold nothing. Named shelf 1. Unseen bed 1, desk 1, drawer 1, shelf 1.",
+        "At shelf 1: mug 2. Hold nothing. Named shelf 1. Unseen bed 1, desk 1, drawer 1.",
+        "At shelf 1: nothing. Hold mug 2. Named shelf 1. Unseen bed 1, desk 1, drawer 1.",
+        "Nothing happens. At shelf 1: nothing. Hold mug 2. Named shelf 1. Unseen bed 1, desk 1, drawer 1.",
+        "At drawer 1 closed. Hold mug 2. Named shelf 1. Unseen bed 1, desk 1.",
+        "At drawer 1: mug 1. Hold mug 2. Named shelf 1. Unseen bed 1, desk 1.",
+        "At drawer 1 closed. Hold mug 2. Named shelf 1. Unseen bed 1, desk 1.",
+        "At drawer 1 closed. Hold mug 2 heat. Named shelf 1. Unseen bed 1, desk 1.",
+        "At drawer 1 closed. Hold mug 2 heat clean. Named shelf 1. Unseen bed 1, desk 1.",
+        "At drawer 1 closed. Hold mug 2 clean cool. Named shelf 1. Unseen bed 1, desk 1.",
+        "At drawer 1 closed. Hold mug 2 clean cool. Named shelf 1. Unseen bed 1, desk 1.",
+        "At desk 1: nothing. Hold mug 2 clean cool. Seen mug 1 at drawer 1. Named shelf 1. Unseen bed 1.",
+        "At desk 1: mug 2. Hold nothing. Seen mug 1 at drawer 1. Named shelf 1. Unseen bed 1.",
+        "At shelf 1: nothing. Hold nothing. Seen mug 1 at drawer 1, mug 2 at desk 1. Named shelf 1. Unseen bed 1."]
+
+
+def test_what_is_unseen_is_named_from_where_one_stands():
+    page = Page(["bed 1", "desk 1", "desk 2", "drawer 1", "shelf 1"], "put a mug in shelf.")
+    page.follow("go", "", "desk 1", "You arrive at desk 1. On the desk 1, you see nothing.")
+    assert str(page).endswith("Unseen desk 2, drawer 1, shelf 1, bed 1.")
 
 
 @plays
@@ -274,6 +280,21 @@ def test_a_search_does_not_depend_on_where_the_data_lies():
             switch, subgoal, action = demonstrator.advise("", admissible)
             assert switch and subgoal == "find and take mug" and first.setdefault(trial, action) == action
     assert set(first.values()) == {f"go to shelf {n}" for n in range(1, 6)}
+
+
+def test_the_expert_goes_where_he_has_seen_the_thing_or_the_lamp():
+    """On whichever way he saw it: there is no searching any more."""
+    walkthrough = ["go to shelf 5", "take mug 1 from shelf 5", "go to desk 1", "use desklamp 1"]
+    places = [f"shelf {n}" for n in range(1, 10)] + ["bed 1", "desk 1"]
+    admissible, page = [f"go to {place}" for place in places], Page(places, "examine the mug with the desklamp.")
+    demonstrator = Demonstrator("a/b/game.tw-pddl", walkthrough)
+    demonstrator.reset(page)
+    assert demonstrator.advise("", admissible)[2] in admissible[:5]
+    page.follow("go", "", "shelf 9", "You arrive at shelf 9. On the shelf 9, you see a desklamp 1, and a mug 2.")
+    page.follow("go", "", "shelf 8", "You arrive at shelf 8. On the shelf 8, you see nothing.")
+    assert demonstrator.advise("find and take mug", admissible) == (False, "find and take mug", "go to shelf 9")
+    page.follow("take", "mug 2", "shelf 9", "You pick up the mug 2 from the shelf 9.")
+    assert demonstrator.advise("use desklamp", admissible) == (False, "use desklamp", "go to shelf 9")
 
 
 def test_a_disguise_renames_in_each_episode_alike_and_keeps_what_is_no_name():

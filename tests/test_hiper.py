@@ -521,20 +521,6 @@ def test_scores_match_a_full_forward_row_by_row(actor, critic, temperature):
             assert torch.allclose(whole[n][:len(one)] if one.ndim else whole[n], one, atol=1e-5)
 
 
-def test_a_lead_scores_the_prompt_s_last_tokens_too(actor):
-    """The response's log-probs move to the right, and the values stay."""
-    policy = hiper.ActorCritic(actor)
-    torch.nn.init.normal_(policy.heads.weight)
-    ids = torch.randint(1, 50, (2, 9))
-    prompts, lengths, ends = torch.tensor([4, 5]), torch.tensor([3, 4]), torch.tensor([1, -1])
-    plain, led = policy(ids, prompts, lengths, ends), policy(ids, prompts, lengths, ends, lead=torch.tensor([0, 4]))
-    assert led.logp.shape == (2, 8) and torch.equal(led.logp[0, 3:], torch.zeros(5))
-    torch.testing.assert_close((led.logp[0, :3], led.logp[1, 4:]), (plain.logp[0, :3], plain.logp[1]))
-    logits = actor(input_ids=ids[1:]).logits[0].log_softmax(-1)
-    torch.testing.assert_close(led.logp[1], logits[torch.arange(8), ids[1, 1:]])
-    assert all(torch.equal(plain.value(head), led.value(head)) for head in ("high", "low", "switch"))
-
-
 def test_parts_not_asked_for_are_none(actor):
     policy, batch = policy_of(actor), samples()
     whole, logp, values = forward(policy, batch), forward(policy, batch, parts=("logp",)), forward(policy, batch, parts=("values",))

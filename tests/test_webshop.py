@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -322,6 +323,28 @@ def test_the_expert_follows_whatever_subgoal_one_could_have(world):
     assert env.step(action)[-1]["progress"] == 2 / parts
     assert env.expert(choices[1])[:2] == (True, choices[0]) and env.expert("buy") == (False, "buy", "click[Buy Now]")
     assert not env.step("click[Buy Now]")[-1]["won"] and env.expert("buy") is None
+
+
+def test_the_page_sums_up_what_the_shop_shows(world):
+    """Products by number and first words; of options not yet chosen what is asked for, then what was chosen, right or wrong."""
+    env = next(env for env in (world.make("train", index) for index in range(200)) if len(env._options) >= 2 and env.winnable)
+    told = lambda: env._info()["page"]
+    assert env.reset()[1]["page"] == "Search."
+    env.step(env.expert("")[2])
+    hits = re.findall(r"B[0-9A-Z]{9}(?= )", told())
+    assert told().startswith("Results 1: ") and [f"click[{asin.lower()}]" for asin in hits] == [a.lower() for a in env._info()["admissible"][-len(hits):]]
+    while env.shop.asin != env.product.asin:
+        env.step(env.expert("")[2])
+    values = list(env._options.values())
+    title = f"Product {env.product.asin} {' '.join(re.findall('[a-z]+', env.product.name.lower())[:5])}."
+    assert told() == f"{title} Options: {', '.join(values)}. Chosen: none."
+    env.step(f"click[{values[0]}]")
+    assert told() == f"{title} Options: {', '.join(values[1:])}. Chosen: {values[0]}."
+    wrong = next((v for v in env.product.options[env.product.links[values[0]]] if v != values[0]), values[0])
+    env.step(f"click[{wrong}]")
+    assert told() == f"{title} Options: {', '.join(values[1:])}. Chosen: {wrong}."
+    env.step("click[Features]")
+    assert told().startswith(f"Features of {env.product.asin} ")
 
 
 @needs_rapidfuzz

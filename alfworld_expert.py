@@ -5,8 +5,8 @@
     demonstrator.follow(*parts(action))                 after each action that did something, and after the page
     switch, subgoal, action = demonstrator.advise(carried, admissible)
 
-Where a thing lies that he has not seen he pretends not to know: he begins up to four places before and looks into one after the other, in
-the order of their names, as one can who does not know. Nothing here needs the engine; admissible actions are lists of str.
+Where a thing lies that he has not seen he pretends not to know: he begins up to four places before and looks into all that the page names
+as unseen, one after the other. Nothing here needs the engine; admissible actions are lists of str.
 """
 import re
 import zlib
@@ -103,17 +103,17 @@ class Demonstrator:
         wanted = [a for a in admissible if a.startswith(f"take {self._kind} ") and parts(a)[1] not in self._delivered]
         if wanted:
             return wanted[0]
-        hidden = [place for thing, place in self._things.items() if thing not in self._page.lies]
-        return self._toward(self._kind, hidden[0] if hidden else "", admissible)
+        return self._toward(self._kind, next(iter(self._things.values())), admissible)
 
     def _toward(self, sort, place, admissible):
-        """Go where a thing of this kind was seen; else look into the next place on the way to `place`, where one is; None if it is ""."""
+        """Go where a thing of this kind was seen; else into the next place unseen; at the game's beginning near `place`, where one is."""
         seen = [place for thing, place in self._page.lies.items() if kind(thing) == sort and thing not in self._delivered]
-        if seen or not place:
-            return reach(seen[0], admissible) if seen else None
-        end = self._page.places.index(place)
-        route = self._page.places[max(0, end - zlib.crc32(f"{self._game} {sort}".encode()) % 5):end + 1]
-        return next(filter(None, (reach(place, admissible) for place in route if place not in self._page.known)), None)
+        if seen:
+            return reach(seen[0], admissible)
+        if not self._page.place:
+            return reach(self._page.places[max(0, self._page.places.index(place) - zlib.crc32(self._game.encode()) % 5)], admissible)
+        here = [] if self._page.place in self._page.known else [self._page.place]
+        return next(filter(None, (reach(place, admissible) for place in here + self._page.unseen())), None)
 
 
 def parts(action):

@@ -41,15 +41,19 @@ class Page:
             marks = self.marks.setdefault(thing, [])
             marks[:] = [mark for mark in marks if "clean" in (verb, mark) and mark != verb] + [verb]           # what is heated is not cool
 
+    def unseen(self):
+        """The other places not yet looked into, in the order of their names, round from where one is."""
+        turn = self.places.index(self.place) if self.place in self.places else 0
+        return [place for place in self.places[turn:] + self.places[:turn] if place not in self.known and place != self.place]
+
     def __str__(self):
         named = lambda name: kind(name) in self.words
         things = {thing: place for thing, place in self.lies.items() if named(thing)}
         here = [thing for thing, place in things.items() if place == self.place]
         at = "In the middle." if not self.place else f"At {self.place} closed." if self.place in self.shut else \
             f"At {self.place}: {', '.join(here) or 'nothing'}."
-        turn = self.places.index(self.place) if self.place in self.places else 0
         lists = {"Seen": [f"{thing} at {place}" for thing, place in things.items() if place != self.place],
                  "Named": [place for place in self.places if named(place)],
-                 "Unseen": [place for place in self.places[turn:] + self.places[:turn] if place not in self.known and place != self.place]}
+                 "Unseen": self.unseen()}
         hold = " ".join([self.held or "nothing", *self.marks.get(self.held, ())])
         return " ".join([NOTHING] * self.nothing + [at, f"Hold {hold}."] + [f"{name} {', '.join(x)}." for name, x in lists.items() if x])

@@ -94,8 +94,11 @@ class Demonstrator:
         if verb in APPLIANCES:
             place = APPLIANCES[verb]
             return next((a for a in (f"{verb} {held} with {place}", f"go to {place}") if a in admissible), None)
-        down = self._page.place or self._page.places[0]
-        spot = down if subgoal.startswith("put down") else next(p for p in self._page.places if kind(p) == kind(self._dest))
+        if subgoal.startswith("put down"):                      # not everything can be put everywhere
+            turn = self._page.places.index(self._page.place) + 1 if self._page.place else 0
+            here = [a for a in admissible if a.startswith(f"move {held} to ")]
+            return here[0] if here else reach(self._page.place, admissible) or reach([*self._page.places, *self._page.places][turn], admissible)
+        spot = next(place for place in self._page.places if kind(place) == kind(self._dest))
         return reach(spot, admissible) or f"move {held} to {spot}"
 
     def _find(self, admissible):

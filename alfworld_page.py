@@ -1,16 +1,18 @@
 """What a player of ALFWorld has seen so far, on one page, for a model too small to keep it in mind from the game's own sentences.
 
-    Nothing happens. At desk 1: mug 2. Hold cup 1 clean. Seen mug 1 at shelf 2. Named shelf 1, shelf 2. Unseen drawer 1, bed 1.
+    Nothing happens. At desk 1: mug 2. Hold nothing. Seen mug 1 at bed 1. Named shelf 1 with mug 3, shelf 2. Unseen drawer 1, fridge 1.
 
 Nothing is there but what the engine has said to the player, and of that what concerns the task: `At` tells the place and what lies in it,
-or that it is closed; `Seen` what lies elsewhere, both of things of a kind that the task names; `Named` the places of such a kind; `Unseen`
-the places not yet looked into, in the order of their names, round from where one is.
+or that it is closed; `Named` the places of a kind that the task names and what lies there, `Seen` what lies elsewhere, all of things of a kind that the task
+names; `Lamp` where its lamp is; `Unseen` the places not yet looked into, in the order of their names, round from where one is. What is in
+hand has the marks of what was done to it: `Hold mug 2 clean`.
 """
 import re
 
 from alfworld_expert import APPLIANCES, kind
 
 NOTHING = "Nothing happens."
+LAMPS = ("desklamp", "floorlamp")                           # which nobody takes
 
 
 class Page:
@@ -48,12 +50,13 @@ class Page:
 
     def __str__(self):
         named = lambda name: kind(name) in self.words
-        things = {thing: place for thing, place in self.lies.items() if named(thing)}
-        here = [thing for thing, place in things.items() if place == self.place]
+        things = {thing: place for thing, place in self.lies.items() if named(thing) and kind(thing) not in LAMPS}
+        lying = {place: ", ".join(thing for thing, where in things.items() if where == place) for place in self.places}
         at = "In the middle." if not self.place else f"At {self.place} closed." if self.place in self.shut else \
-            f"At {self.place}: {', '.join(here) or 'nothing'}."
-        lists = {"Seen": [f"{thing} at {place}" for thing, place in things.items() if place != self.place],
-                 "Named": [place for place in self.places if named(place)],
+            f"At {self.place}: {lying[self.place] or 'nothing'}."
+        lists = {"Seen": [f"{thing} at {place}" for thing, place in things.items() if place != self.place and not named(place)],
+                 "Named": [place + f" with {lying[place]}" * bool(lying[place]) for place in self.places if named(place)],
+                 "Lamp": [f"{thing} at {place}" for thing, place in self.lies.items() if named(thing) and kind(thing) in LAMPS],
                  "Unseen": self.unseen()}
         hold = " ".join([self.held or "nothing", *self.marks.get(self.held, ())])
         return " ".join([NOTHING] * self.nothing + [at, f"Hold {hold}."] + [f"{name} {', '.join(x)}." for name, x in lists.items() if x])

@@ -234,7 +234,7 @@ def test_the_page_sums_up_what_was_seen():
         page.follow(*parts(action), observation)
     assert said + [str(page)] == [
         "In the middle. Hold nothing. Named shelf 1. Unseen bed 1, desk 1, drawer 1, shelf 1.",
-        "At shelf 1: mug 2. Hold nothing. Named shelf 1. Unseen bed 1, desk 1, drawer 1.",
+        "At shelf 1: mug 2. Hold nothing. Named shelf 1 with mug 2. Unseen bed 1, desk 1, drawer 1.",
         "At shelf 1: nothing. Hold mug 2. Named shelf 1. Unseen bed 1, desk 1, drawer 1.",
         "Nothing happens. At shelf 1: nothing. Hold mug 2. Named shelf 1. Unseen bed 1, desk 1, drawer 1.",
         "At drawer 1 closed. Hold mug 2. Named shelf 1. Unseen bed 1, desk 1.",
@@ -253,6 +253,30 @@ def test_what_is_unseen_is_named_from_where_one_stands():
     page = Page(["bed 1", "desk 1", "desk 2", "drawer 1", "shelf 1"], "put a mug in shelf.")
     page.follow("go", "", "desk 1", "You arrive at desk 1. On the desk 1, you see nothing.")
     assert str(page).endswith("Unseen desk 2, drawer 1, shelf 1, bed 1.")
+
+
+def test_what_lies_where_it_shall_stands_apart_and_so_does_the_lamp():
+    page = Page(["bed 1", "desk 1", "desk 2"], "put two mug in desk.")
+    page.follow("go", "", "bed 1", "You arrive at bed 1. On the bed 1, you see a mug 1, a desklamp 1, and a mug 2.")
+    page.follow("take", "mug 1", "bed 1", "You pick up the mug 1 from the bed 1.")
+    page.follow("move", "mug 1", "desk 2", "You move the mug 1 to the desk 2.")
+    assert str(page) == "At bed 1: mug 2. Hold nothing. Named desk 1, desk 2 with mug 1. Unseen desk 1, desk 2."
+    page.words |= {"desklamp"}
+    page.follow("go", "", "desk 1", "You arrive at desk 1. On the desk 1, you see a floorlamp 1.")
+    assert str(page) == ("At desk 1: nothing. Hold nothing. Seen mug 2 at bed 1. Named desk 1, desk 2 with mug 1. Lamp desklamp 1 at bed 1. "
+                         "Unseen desk 2.")
+
+
+def test_the_expert_puts_down_where_one_can():
+    places = ["bed 1", "coffeemachine 1", "desk 1"]
+    page, demonstrator = Page(places, "put a mug in desk."), Demonstrator("a/b/game.tw-pddl", ["go to bed 1", "take mug 1 from bed 1", "move mug 1 to desk 1"])
+    demonstrator.reset(page)
+    page.follow("go", "", "coffeemachine 1", "You arrive at coffeemachine 1. On the coffeemachine 1, you see nothing.")
+    page.follow("take", "pen 1", "coffeemachine 1", "")
+    advice = lambda *admissible: demonstrator.advise("put down pen", admissible)
+    assert advice("go to bed 1", "go to desk 1") == (False, "put down pen", "go to desk 1")
+    assert advice("go to bed 1", "open coffeemachine 1") == (False, "put down pen", "open coffeemachine 1")
+    assert advice("go to desk 1", "move pen 1 to coffeemachine 1") == (False, "put down pen", "move pen 1 to coffeemachine 1")
 
 
 @plays

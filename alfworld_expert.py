@@ -95,11 +95,9 @@ class Demonstrator:
             place = APPLIANCES[verb]
             return next((a for a in (f"{verb} {held} with {place}", f"go to {place}") if a in admissible), None)
         if subgoal.startswith("put down"):                      # not everything can be put everywhere
-            turn = self._page.places.index(self._page.place) + 1 if self._page.place else 0
-            here = [a for a in admissible if a.startswith(f"move {held} to ")]
-            return here[0] if here else reach(self._page.place, admissible) or reach([*self._page.places, *self._page.places][turn], admissible)
+            return next((a for a in admissible if a.startswith(f"move {held} to ")), None) or reach(self._page.around(), admissible)
         spot = next(place for place in self._page.places if kind(place) == kind(self._dest))
-        return reach(spot, admissible) or f"move {held} to {spot}"
+        return reach([spot], admissible) or f"move {held} to {spot}"
 
     def _find(self, admissible):
         """Take one of the things, or go on towards one."""
@@ -111,12 +109,9 @@ class Demonstrator:
     def _toward(self, sort, place, admissible):
         """Go where a thing of this kind was seen; else into the next place unseen; at the game's beginning near `place`, where one is."""
         seen = [place for thing, place in self._page.lies.items() if kind(thing) == sort and thing not in self._delivered]
-        if seen:
-            return reach(seen[0], admissible)
-        if not self._page.place:
-            return reach(self._page.places[max(0, self._page.places.index(place) - zlib.crc32(self._game.encode()) % 5)], admissible)
-        here = [] if self._page.place in self._page.known else [self._page.place]
-        return next(filter(None, (reach(place, admissible) for place in here + self._page.unseen())), None)
+        if not seen and not self._page.place:
+            seen = [self._page.places[max(0, self._page.places.index(place) - zlib.crc32(self._game.encode()) % 5)]]
+        return reach(seen[:1] or [place for place in self._page.around() if place not in self._page.known], admissible)
 
 
 def parts(action):
@@ -145,9 +140,10 @@ def subgoal_of(deed):
     return f"put {words[1]} in {words[3]}" if words[0] == "move" else " ".join(words[:2])
 
 
-def reach(place, admissible):
-    """The next action on the way to `place` standing open, or None when that is done. Two places may be one spot to stand on."""
-    return next((action for action in (f"go to {place}", f"open {place}") if action in admissible), None)
+def reach(places, admissible):
+    """The next action on the way to the first of `places` that one does not stand at with its door open; None where that is done.
+    Two places may be one spot to stand on."""
+    return next((action for place in places for action in (f"go to {place}", f"open {place}") if action in admissible), None)
 
 
 def disguise(episodes, rng):

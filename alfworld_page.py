@@ -2,10 +2,10 @@
 
     Nothing happens. At desk 1: mug 2. Hold nothing. Seen mug 1 at bed 1. Named shelf 1 with mug 3, shelf 2. Unseen drawer 1, fridge 1.
 
-Nothing is there but what the engine has said to the player, and of that what concerns the task: `At` tells the place and what lies in it,
-or that it is closed; `Named` the places of a kind that the task names and what lies there, `Seen` what lies elsewhere, all of things of a kind that the task
-names; `Lamp` where its lamp is; `Unseen` the places not yet looked into, in the order of their names, round from where one is. What is in
-hand has the marks of what was done to it: `Hold mug 2 clean`.
+Nothing is there but what the engine has said to the player, and of that what concerns the task: no things but of the kinds that it
+names. `At` tells the place and what lies in it, or that it is closed; `Named` the places of a kind that the task names, and what lies there;
+`Seen` what lies elsewhere; `Lamp` where the task's lamp is; `Unseen` the places not yet looked into, in the order of their names, round
+from where one is. What is in hand has the marks of what was done to it: `Hold mug 2 clean`.
 """
 import re
 
@@ -43,10 +43,10 @@ class Page:
             marks = self.marks.setdefault(thing, [])
             marks[:] = [mark for mark in marks if "clean" in (verb, mark) and mark != verb] + [verb]           # what is heated is not cool
 
-    def unseen(self):
-        """The other places not yet looked into, in the order of their names, round from where one is."""
-        turn = self.places.index(self.place) if self.place in self.places else 0
-        return [place for place in self.places[turn:] + self.places[:turn] if place not in self.known and place != self.place]
+    def around(self):
+        """All places in the order of their names, round from where one is."""
+        turn = self.places.index(self.place) if self.place else 0
+        return self.places[turn:] + self.places[:turn]
 
     def __str__(self):
         named = lambda name: kind(name) in self.words
@@ -57,6 +57,6 @@ class Page:
         lists = {"Seen": [f"{thing} at {place}" for thing, place in things.items() if place != self.place and not named(place)],
                  "Named": [place + f" with {lying[place]}" * bool(lying[place]) for place in self.places if named(place)],
                  "Lamp": [f"{thing} at {place}" for thing, place in self.lies.items() if named(thing) and kind(thing) in LAMPS],
-                 "Unseen": self.unseen()}
+                 "Unseen": [place for place in self.around() if place not in self.known and place != self.place]}
         hold = " ".join([self.held or "nothing", *self.marks.get(self.held, ())])
         return " ".join([NOTHING] * self.nothing + [at, f"Hold {hold}."] + [f"{name} {', '.join(x)}." for name, x in lists.items() if x])

@@ -41,8 +41,8 @@ class Config:
     history: int = knob(0, "past (observation, action) pairs in the prompt (paper: 2; household's page sums up the past itself)")
     brief: bool = knob(True, "short prompt without instructions, for a model that was cloned (paper: false)")
     show_admissible: bool = knob(False, "list the admissible actions in the prompt (paper: true)")
-    page: bool = knob(False, "show what was seen so far summed up in a line, where the world can (alfworld, webshop), for a model too small to keep "
-                      "it in mind")
+    page: bool = knob(False, "show what was seen so far summed up in a line, where the world can (alfworld, webshop), for a model "
+                      "too small to keep it in mind")
     max_prompt: int = knob(2048, "prompt tokens at the most (paper: 2048)")
     max_response: int = knob(24, "response tokens at the most (paper: 512)")
     success_reward: float = knob(10.0, "reward of winning (paper: 10)")

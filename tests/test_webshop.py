@@ -325,6 +325,18 @@ def test_the_expert_follows_whatever_subgoal_one_could_have(world):
     assert not env.step("click[Buy Now]")[-1]["won"] and env.expert("buy") is None
 
 
+def test_the_expert_asks_for_as_little_as_finds_the_product(world, monkeypatch):
+    """What it is called and the values; the instruction without its price; its name."""
+    env = next(env for env in (world.make("train", index) for index in range(200)) if env._options and "price" in env.goal["instruction"])
+    env.reset()
+    short = " ".join([env.product.query, *env.goal["options"].values()])
+    whole = env.goal["instruction"].removeprefix("Find me ").partition(", and price lower than")[0]
+    for found, query in (({short, whole}, short), ({whole}, whole), (set(), env.product.name)):
+        monkeypatch.setattr(env.shop.catalogue.index, "search", lambda asked: [env._number] * (asked in found))
+        env.__dict__.pop("_query", None)
+        assert env.expert("")[2] == f"search[{query}]"
+
+
 def test_the_page_sums_up_what_the_shop_shows(world):
     """Products by number and first words; of options not yet chosen what is asked for, then what was chosen, right or wrong."""
     env = next(env for env in (world.make("train", index) for index in range(200)) if len(env._options) >= 2 and env.winnable)

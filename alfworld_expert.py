@@ -20,20 +20,19 @@ class Demonstrator:
 
     def __init__(self, gamefile, walkthrough):
         self._game, here = "/".join(Path(gamefile).parts[-3:-1]), None     # wherever the data lies
-        self._things, self._kind, self._seek, self._treat, self._dest, self._light, self._lamp, self._lit = {}, *[""] * 7
+        self._where, self._kind, self._seek, self._treat, self._dest, self._light, self._lamp = [""] * 7
         for action in walkthrough:                              # what it gives away
             verb, thing, place = parts(action)
             if verb == "go":
                 here = place
             elif verb == "take":
-                self._things[thing] = place
-                self._kind, self._seek = self._kind or kind(thing), self._seek or subgoal_of(action)
+                self._where, self._kind, self._seek = self._where or place, self._kind or kind(thing), self._seek or subgoal_of(action)
             elif verb in APPLIANCES:
                 self._treat = verb
             elif verb == "move":
                 self._dest = place
             elif verb == "use":
-                self._light, self._lamp, self._lit = subgoal_of(action), thing, here
+                self._light, self._lamp = subgoal_of(action), here
 
     def reset(self, page):
         """The game begins; nothing has been done yet."""
@@ -90,7 +89,7 @@ class Demonstrator:
             return self._find(admissible)
         if verb == "use":
             here = [a for a in admissible if a.startswith(subgoal)]
-            return here[0] if here else self._toward(kind(self._lamp), self._lit, admissible)
+            return here[0] if here else self._toward(subgoal.removeprefix("use "), self._lamp, admissible)
         if verb in APPLIANCES:
             place = APPLIANCES[verb]
             return next((a for a in (f"{verb} {held} with {place}", f"go to {place}") if a in admissible), None)
@@ -101,10 +100,8 @@ class Demonstrator:
 
     def _find(self, admissible):
         """Take one of the things, or go on towards one."""
-        wanted = [a for a in admissible if a.startswith(f"take {self._kind} ") and parts(a)[1] not in self._delivered]
-        if wanted:
-            return wanted[0]
-        return self._toward(self._kind, next(iter(self._things.values())), admissible)
+        wanted = (a for a in admissible if a.startswith(f"take {self._kind} ") and parts(a)[1] not in self._delivered)
+        return next(wanted, None) or self._toward(self._kind, self._where, admissible)
 
     def _toward(self, sort, place, admissible):
         """Go where a thing of this kind was seen; else into the next place unseen; at the game's beginning near `place`, where one is."""

@@ -114,17 +114,16 @@ class WebShopEnv:
     def _page(self):
         """What the shop shows, in a line, for a model too small to read all of it: of a product the first words of its name, the values
         that the instruction asks for, of options not yet chosen, and those chosen; of ten results the first words."""
-        shop, brief = self.shop, lambda product: " ".join([product.asin, *re.findall(r"[a-z]+", product.name.lower())[:5]])
+        shop, products = self.shop, self.shop.catalogue.products
+        brief = lambda asin: " ".join([asin, *re.findall(r"[a-z]+", products[asin].name.lower())[:5]])
         if shop.page == "results":
-            shown = [shop.catalogue.order[i] for i in shop.hits[10 * shop.number - 10:10 * shop.number]]
-            return f"Results {shop.number}: {', '.join(map(brief, shown)) or 'none'}."
+            return f"Results {shop.number}: {', '.join(map(brief, filter(None, shop.links.values()))) or 'none'}."
         if not shop.asin:
             return "Search."
-        product = shop.catalogue.products[shop.asin]
-        left = [value for option, values in product.options.items() if option not in shop.options for value in values
+        left = [value for option, values in products[shop.asin].options.items() if option not in shop.options for value in values
                 if f": {value}," in self.goal["instruction"] + ","]
         where = "Product" if shop.page == "item" else shop.page.capitalize() + " of"
-        return f"{where} {brief(product)}. Options: {', '.join(left) or 'none'}. Chosen: {', '.join(shop.options.values()) or 'none'}."
+        return f"{where} {brief(shop.asin)}. Options: {', '.join(left) or 'none'}. Chosen: {', '.join(shop.options.values()) or 'none'}."
 
     def _progress(self):
         """The share of the task's subtasks that are done: the product's page open, each of its options chosen."""

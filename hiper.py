@@ -20,7 +20,9 @@ all ranks and micro-batches, not a mean of means; (4) on KEEP the carried subgoa
 """
 import re
 import weakref
+from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -265,23 +267,59 @@ class ActorCritic(nn.Module):
         those of generation); prompt_lengths, lengths: int [N] prompt and response tokens; subgoal_end: int [N] index *in the
         response* of the last token of </subgoal>, -1 (the last prompt token) where there is none.
         """
-        hidden = self.actor.base_model(input_ids=ids, use_cache=False).last_hidden_state    # [N, P + L, H]
         logp = entropy = v_high = v_low = v_switch = None
         rows = torch.arange(len(ids), device=ids.device)
+        judged = torch.stack([prompt_lengths - 1, prompt_lengths + subgoal_end])            # [2, N] where the heads read
+        valued = torch.zeros_like(ids, dtype=torch.bool).index_put((rows, judged), rows.new_ones(()).bool())       # [N, P + L]
         if "logp" in parts:
             offset = torch.arange(int(lengths.max()), device=ids.device)                    # [L]
             where = offset < lengths[:, None]                                               # [N, L]
             at = (prompt_lengths[:, None] - 1 + offset)[where]                              # [M] one before each response token
             n = rows[:, None].expand_as(where)[where]                                       # [M]
+            with reading(self.actor.base_model, valued.index_put((n, at), valued.new_ones(()))):
+                hidden = self.actor.base_model(input_ids=ids, use_cache=False).last_hidden_state        # [N, P + L, H]
             flat = token_logp(hidden[n, at], ids[n, at + 1], self.actor.get_output_embeddings(), self.temperature)
             logp, entropy = (hidden.new_zeros(where.shape, dtype=torch.float32).index_put((where,), x) for x in flat)
         if "values" in parts:
-            if self.critic is not None:
-                hidden = self.critic(input_ids=ids, use_cache=False).last_hidden_state
+            if self.critic is not None or logp is None:
+                backbone, width = self.critic or self.actor.base_model, int(judged.max()) + 1       # what comes after is not judged
+                with reading(backbone, valued[:, :width]):
+                    hidden = backbone(input_ids=ids[:, :width], use_cache=False).last_hidden_state
             last = self.heads(hidden[rows, prompt_lengths - 1]).float()                     # [N, 3]
             v_high, v_switch = last[:, 0], last[:, 2]
             v_low = self.heads(hidden[rows, prompt_lengths + subgoal_end]).float()[:, 1]    # [N]
         return Scores(logp, entropy, v_high, v_low, v_switch)
+
+
+@contextmanager
+def reading(backbone, where=None):
+    """Meanwhile the backbone's last layer computes no more than what is read of it: keys and values everywhere, but queries, attention's
+    output and the MLP, which are no other position's business, only `where` they are read. Elsewhere the hidden states mean nothing.
+
+    where: bool [N, S]; None: the last of each row. Layers with other names than Llama's and Qwen's are left alone, and so are those
+    with gradient checkpointing, which recompute their activations when this is over.
+    """
+    at = None if where is None else where.flatten().nonzero()[:, 0]                         # [M]
+
+    def some(forward, x):                                                                   # x: [N, S, H]
+        n, s = x.shape[:2]
+        if s == 1:
+            return forward(x)
+        there = torch.arange(s - 1, n * s, s, device=x.device) if at is None else at
+        made = forward(x.flatten(0, 1)[there][None])[0]
+        return made.new_zeros(n * s, made.shape[1]).index_copy(0, there, made).unflatten(0, (n, s))
+
+    layer = getattr(backbone, "layers", [None])[-1]
+    parts = () if getattr(layer, "gradient_checkpointing", False) or layer is None else layer.named_modules()
+    modules = [module for name, module in parts if name in ("mlp", "self_attn.q_proj", "self_attn.o_proj")]
+    own = [vars(module).get("forward") for module in modules]                               # accelerate sets some
+    for module in modules:
+        module.forward = partial(some, module.forward)
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, own):
+            vars(module).pop("forward") if forward is None else setattr(module, "forward", forward)
 
 
 def token_logp(hidden, targets, head, temperature=1.0, chunk=2 ** 25):

@@ -14,9 +14,11 @@ B episodes, T turns of the longest, N turns in all, L response tokens, P prompt 
 """
 from collections import Counter, deque
 from dataclasses import dataclass
+from functools import partial
+from inspect import signature
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig
 
 import hiper
 from hiper import Decision, Masks, Scores
@@ -68,38 +70,56 @@ class Style:
 
 # ---- playing ----------------------------------------------------------------------------------------------------------
 
-class StopAtAction(StoppingCriteria):
-    """Stops each row at its own `</action>` (or another tag) or end token, and remembers how long it was."""
-
-    def __init__(self, tokenizer, prompt_length, rows, ends, tag=b"</action>"):
-        self.table, self.prompt_length, self.ends, self.tag = hiper.token_bytes(tokenizer), prompt_length, ends, tag
-        self.lengths = [0] * rows                                   # 0: not finished
-
-    def __call__(self, input_ids, scores, **kwargs):
-        made = input_ids.shape[1] - self.prompt_length
-        for n, tail in enumerate(input_ids[:, -min(made, len(self.tag)):].tolist()):   # a token is a byte or more
-            if not self.lengths[n] and (tail[-1] in self.ends or self.tag in b"".join(self.table[i] for i in tail)):
-                self.lengths[n] = made
-        return torch.tensor([bool(n) for n in self.lengths], device=input_ids.device)
+def draw(p):
+    """One index for each row of probabilities, [n, V] -> int [n, 1], from one random number a row: torch.multinomial takes V of them."""
+    cdf = p.cumsum(-1, dtype=torch.float if p.device.type == "mps" else torch.double)              # Apple's GPUs know no double
+    u = torch.rand(len(p), 1, dtype=cdf.dtype, device=p.device) * cdf[:, -1:]
+    return torch.searchsorted(cdf, u, right=True).clamp(max=p.shape[1] - 1)                        # should u be rounded up to the sum
 
 
-@torch.no_grad()
+def decode(model, input_ids, *, mask, temperature, longest, ended, past_key_values, **_):
+    """The inner loop of HF's `generate`, handed to it as `custom_generate`: a row that has ended leaves the batch, its cache with it.
+
+    mask: int [N, P], 0 on the padding, which is on the left; ended: function of a row's ids so far. -> N id lists, each sampled from
+    softmax(logits / temperature) and nothing else: no top_k, no penalty that a checkpoint's generation config may ask for.
+    """
+    said, rows, takes = [[] for _ in input_ids], list(range(len(input_ids))), signature(model.forward).parameters
+    new, positions = input_ids, (mask.cumsum(1) - 1).clamp(min=0)                                  # [n, P]; later [n, 1]
+    for _ in range(longest):
+        more = {name: x for name, x in (("position_ids", positions), ("logits_to_keep", 1)) if name in takes}
+        logits = model(input_ids=new, attention_mask=mask, past_key_values=past_key_values, use_cache=True, **more).logits[:, -1].float()
+        new = draw((logits / temperature).softmax(-1)) if temperature > 0 else logits.argmax(-1, keepdim=True)
+        for row, token in zip(rows, new[:, 0].tolist()):
+            said[row].append(token)
+        live = [n for n, row in enumerate(rows) if not ended(said[row])]
+        if not live:
+            break
+        if len(live) < len(rows):
+            rows, index = [rows[n] for n in live], torch.tensor(live, device=new.device)
+            new, mask, positions = new[index], mask[index], positions[index]
+            past_key_values.batch_select_indices(index)
+        mask, positions = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), positions[:, -1:] + 1
+    return said
+
+
 def generate(actor, tokenizer, prompts, *, temperature, max_response, tag=b"</action>"):
-    """Sample one response per prompt (greedy at temperature 0), up to `tag`. prompts: list of id lists -> list of id lists."""
-    width, pad = max(map(len, prompts)), tokenizer.pad_token_id
+    """Sample one response per prompt (greedy at temperature 0), up to `tag` or an end token. prompts: list of id lists -> list of id lists."""
+    table, width, pad = hiper.token_bytes(tokenizer), max(map(len, prompts)), tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=actor.device)             # [N, P] left-padded
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=actor.device)   # from lengths
-    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}
-    stop = StopAtAction(tokenizer, width, len(prompts), ends, tag)
-    sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature > 0 else dict(do_sample=False)
-    config = GenerationConfig(max_new_tokens=max_response, eos_token_id=sorted(ends), pad_token_id=pad, **sampling)
+    ends, last = {tokenizer.eos_token_id, pad}, tag[-1:]
+
+    def ended(said):                                                # a token is a byte or more
+        return said[-1] in ends or last in table[said[-1]] and tag in b"".join(table[i] for i in said[-len(tag):])
+
+    loop = partial(decode, mask=mask, temperature=temperature, longest=max_response, ended=ended)
+    config = GenerationConfig(max_new_tokens=max_response, pad_token_id=pad)
     own, actor.generation_config = actor.generation_config, config  # HF fills what `config` leaves open from the checkpoint's own
     try:
-        out = actor.generate(input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=False,
-                             stopping_criteria=StoppingCriteriaList([stop]))[:, width:].tolist()
+        with hiper.reading(actor.base_model):
+            return actor.generate(input_ids=ids, attention_mask=mask, generation_config=config, custom_generate=loop, synced_gpus=False)
     finally:
         actor.generation_config = own
-    return [row[:length or len(row)] for row, length in zip(out, stop.lengths)]
 
 
 def encode(tokenizer, texts, max_prompt=None):

@@ -7,11 +7,12 @@ off. `--model tiny` and small sizes go through all of it on a CPU, in bf16 too, 
     log-probs   largest differences of the old ones to a second pass and to the update's forward on the same micro-batches (0: the ratio
                 is exactly 1), to a pass in smaller micro-batches, and to generation's own
     generate    a turn of all slots, `rollout.generate`: float32 weights under autocast, as train.py has them, against a bf16 copy of
-                them, and that with a static cache. floor: ms to read bf16 weights and cache once, at the copy bandwidth measured here
+                them, and that in HF's own loop with a static cache. floor: ms to read bf16 weights and cache once, at the copy
+                bandwidth measured here
     rollout     `rollout.collect` against the same episodes in lockstep (benchmarks/rollout.py): episodes of 1 to `--longest` turns,
                 evenly, in a made-up world. Random weights never write a tag, so that every response has all its tokens
-    update      `train.update`, with a critic of its own, against the plain one of benchmarks/update.py (full logits, all rows as long as
-                the longest; on a quarter of the turns); MFU as it is counted there, without recomputation
+    update      `train.update`, with a critic of its own, against the plain one of benchmarks/update.py (everything of all
+                positions, all rows as long as the longest; on a quarter of the turns); MFU as it is counted there, without recomputation
     plan        plan.py's peaks of memory and those measured: the paper's settings, but for fewer slots and shorter responses
     compiled    the static cache again, its decode step compiled: what may take long comes last
 QWEN_TOKENIZER names the folder of Qwen2.5's tokenizer; without it one is trained on the prompts. The vocabulary stays the model's.
@@ -33,7 +34,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,12 +166,17 @@ def advantages(lab, rows):
     return {"holds": off <= 1e-5, "difference": off, "ms": 1e3 * kernel.best(here), "ms on the CPU": 1e3 * kernel.best(there)}
 
 
+def stock(actor, tokenizer, prompts, n, **more):
+    """HF's `generate` with its own loop."""
+    batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(actor.device)
+    return actor.generate(**batch, generation_config=GenerationConfig(max_new_tokens=n, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                                                                      pad_token_id=0, **more))
+
+
 @torch.no_grad()
 def sampled(actor, tokenizer, prompts, n):
     """-> (n ids after each prompt, their log-probs [N, n] as generation has them)"""
-    batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(actor.device)
-    out = actor.generate(**batch, generation_config=GenerationConfig(max_new_tokens=n, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                                                                     pad_token_id=0, return_dict_in_generate=True, output_logits=True))
+    out = stock(actor, tokenizer, prompts, n, return_dict_in_generate=True, output_logits=True)
     ids = out.sequences[:, -n:]
     return ids.tolist(), torch.cat([x.float().log_softmax(-1).gather(-1, ids[:, t, None]) for t, x in enumerate(out.logits)], 1).cpu()
 
@@ -196,8 +201,9 @@ def logprobs(lab, rows, tokens):
 
 def generation(lab, slots, half=False, **cache):
     (actor, context), prompts, response, s = lab.actor(half), lab.prompts(slots), lab.given.response, lab.sizes
-    run = lambda n: rollout.generate(actor, lab.tokenizer, prompts, temperature=1.0, max_response=n)
-    with context, mock.patch.object(rollout, "GenerationConfig", partial(GenerationConfig, **cache)):
+    own = lambda n: rollout.generate(actor, lab.tokenizer, prompts, temperature=1.0, max_response=n)
+    run = (lambda n: stock(actor, lab.tokenizer, prompts, n, **cache)) if cache else own
+    with context:
         _, first, warm, took = (seconds(lambda: run(n), lab.device) for n in (1, 1, response, response))
     step, kept = (took - first) / (response - 1), sum(map(len, prompts)) + slots * response / 2                 # tokens, half way
     floor = 2 * (s.actor_linear + kept * s.layers * 2 * s.keys) / lab.bandwidth
@@ -268,7 +274,7 @@ def parts(given, gpu):
     yield "log-probs", partial(logprobs, rows=min(32, most), tokens=few)
     copied, static = dict(half=True), dict(half=True, cache_implementation="static")
     for n in (most, least):
-        for name, how in {"": {}, ", bf16 copy": copied, ", bf16 copy, static": {**static, "disable_compile": True}}.items():
+        for name, how in {"": {}, ", bf16 copy": copied, ", bf16 copy, HF's, static": {**static, "disable_compile": True}}.items():
             yield f"generate, {n} slots{name}", partial(generation, slots=n, **how)
     for n in (most, least):
         for name, how in {"": playing.ours, ", lockstep": playing.lockstep}.items():
@@ -280,7 +286,7 @@ def parts(given, gpu):
     for n, tokens, on in ((most // 4 or 1, few, True), (most // 2 or 1, many, True), (most // 8 or 1, few, False)):
         yield f"plan, {n} slots, {tokens} tokens{', checkpointing' * on}", partial(planned, slots=n, tokens=tokens, checkpointing=on)
     if gpu:
-        yield f"generate, {most} slots, bf16 copy, compiled", partial(generation, slots=most, **static)
+        yield f"generate, {most} slots, bf16 copy, HF's, compiled", partial(generation, slots=most, **static)
 
 
 def main():

@@ -3,10 +3,10 @@
 `rollout.collect` on 256 household episodes of mixed length in 128 slots, against the same episodes played in lockstep, as it is commonly
 written: a fixed batch of 128 tasks; every slot generates in every turn until the last episode of the batch has ended, and what
 finished slots say is thrown away; HF `generate` runs to the end token or to max_new_tokens. Same model, prompts, tasks, sampling and limits.
-    lockstep, stop   the same, but each row stops at its `</action>` as ours do: what remains is the batch's waste alone
+    lockstep, own    the same, but with our `rollout.generate`, whose rows leave at their `</action>`: what remains is the batch's waste alone
 The step limit of task i lies between 3 and 50, evenly. The tiny model is cloned for a few seconds first (`--demos 0`: left random), so that
 its answers have the length that answers have. It was never taught to write an end token after `</action>`; a chat model was, mostly, and
-then the stop is worth less: see the line in between. Only turns of running episodes, and tokens up to `</action>`, are counted.
+then our `generate` is worth less: see the line in between. Only turns of running episodes, and tokens up to `</action>`, are counted.
 
 Then one step of decoding against its roofline: the bytes of weights and KV cache that it has to read, at the copy bandwidth measured
 here on 64 MiB. `--model NAME` does this part for another shape (plan.SHAPES, or a folder with a config.json; random weights), on
@@ -43,9 +43,9 @@ sys.modules["mixed_household"] = MIXED
 # ---- the reference ----
 
 @torch.no_grad()
-def generate(actor, tokenizer, prompts, style, stop):
+def generate(actor, tokenizer, prompts, style, own):
     """Left-padded prompts -> sampled responses, cut after `</action>`."""
-    if stop:
+    if own:
         return rollout.generate(actor, tokenizer, prompts, temperature=1.0, max_response=style.max_response)
     batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(actor.device)
     config = GenerationConfig(max_new_tokens=style.max_response, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
@@ -60,7 +60,7 @@ def generate(actor, tokenizer, prompts, style, stop):
     return cut
 
 
-def lockstep(actor, tokenizer, runner, tasks, batch, style, stop=False):
+def lockstep(actor, tokenizer, runner, tasks, batch, style, own=False):
     """-> (running turns, their tokens, rows generated)"""
     turns = tokens = rows = 0
     for start in range(0, len(tasks), batch):
@@ -69,7 +69,7 @@ def lockstep(actor, tokenizer, runner, tasks, batch, style, stop=False):
         running = set(seats)
         while running:
             prompts = rollout.prompts_of(list(seats.values()), tokenizer)
-            responses = dict(zip(seats, generate(actor, tokenizer, prompts, style, stop)))
+            responses = dict(zip(seats, generate(actor, tokenizer, prompts, style, own)))
             decisions = {slot: hiper.parse(hiper.response_text(responses[slot], tokenizer)) for slot in running}
             outcomes = runner.step({slot: decisions[slot].action for slot in sorted(running)})
             turns, rows = turns + len(running), rows + len(seats)
@@ -100,7 +100,7 @@ def play(config, style, demos, episodes):
           f"at most {style.max_response} tokens a turn, {torch.get_num_threads()} threads")
     print("                  seconds   turns/s  tokens/s  turns  tokens a turn  rows generated a turn")
     with envs.Runner("mixed_household", "train") as runner:
-        for name, method in {"ours": ours, "lockstep": lockstep, "lockstep, stop": lambda *a: lockstep(*a, stop=True)}.items():
+        for name, method in {"ours": ours, "lockstep": lockstep, "lockstep, own": lambda *a: lockstep(*a, own=True)}.items():
             method(actor, tokenizer, runner, [0, 1], config.slots, style)                   # what is done once only
             torch.manual_seed(1)
             start = time.perf_counter()
@@ -151,7 +151,7 @@ def main():
     config = Config(slots=given.slots)
     speed, actor, _ = play(config, config.style, given.demos, given.episodes)
     roofline(actor, plan.sizes(actor.config, "shared"), given.slots, given.prompt, 24, torch.device("cpu"), False)
-    print(f"the stop at </action> is worth {speed['lockstep, stop'] / speed['lockstep']:.1f}x, full slots {speed['ours'] / speed['lockstep, stop']:.1f}x")
+    print(f"our generate is worth {speed['lockstep, own'] / speed['lockstep']:.1f}x, full slots {speed['ours'] / speed['lockstep, own']:.1f}x")
     print(f"rollout: {speed['ours'] / speed['lockstep']:.1f}x")
 
 

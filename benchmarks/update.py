@@ -5,13 +5,13 @@
     --turns N        turns of the update; --tokens T: of a micro-batch
 
 Timed is `train.update`, AdamW steps included, on made-up turns: random ids, lengths uniform in the ranges above. The reference is the same
-function with its three economies taken away, one or all:
-    full logits      the output projection, log-softmax and entropy of every position, [n, P + L, V] in float32, not of the response's alone
+function with its economies taken away, some or all:
+    everything       the last layer, the output projection, log-softmax and entropy of every position, [n, P + L, V] in float32; ours are
+                     computed where the loss reads them
     longest          every row is right-padded to the longest turn, and micro-batches are equally many rows in no order, as many as
                      the same token limit allows; ours are sorted by length, and padded to their own longest
 Loss and step are the same code in both; log-probs, values, padding and micro-batches are not. Both must give the same losses and
-gradients, to 1e-4 of the largest, in float32. MFU: floating-point operations that the update cannot do without (no padding, no
-recomputation, logits of the response only) over what a large matrix product reaches here in the same precision.
+gradients, to 1e-4 of the largest, in float32. MFU: floating-point operations that the update cannot do without (`needed`) over what a large matrix product reaches here in the same precision.
 """
 import argparse
 import copy
@@ -41,7 +41,7 @@ HEADS = "high", "low", "switch"
 
 # ---- the reference ----
 
-class FullLogits(hiper.ActorCritic):
+class Everything(hiper.ActorCritic):
     """The same scores, as they are commonly computed: everything of all positions, then the response's are picked."""
 
     def forward(self, ids, prompt_lengths, lengths, subgoal_end, parts):
@@ -77,7 +77,7 @@ def variant(policy, samples, full, unsorted):
     """-> (policy, samples, patch of train.micro_batches) of ours or of the reference."""
     if full:
         policy = copy.copy(policy)                                      # the same parameters
-        policy.__class__ = FullLogits
+        policy.__class__ = Everything
     if not unsorted:
         return policy, samples, nullcontext()
     def equal(lengths, tokens):
@@ -160,11 +160,12 @@ def seconds(f, device):
 
 
 def needed(s, samples, critic):
-    """Floating-point operations of forward and backward without which there is no update: 6 a parameter and token, and 6 Q l^2 a row
-    of l tokens and layer for causal attention."""
+    """Floating-point operations of forward and backward without which there is no update: 6 a parameter and token, of which the last layer
+    needs keys and values only but where it is read, and 6 Q l^2 a row of l tokens and layer for causal attention."""
     sizes = torch.tensor([len(p) + len(r) for p, r in zip(samples.prompts, samples.responses)], dtype=torch.float64)
-    backbone = 6 * s.critic_linear * sizes.sum() + 6 * s.layers * s.queries * sizes.square().sum()
-    return float(backbone * (2 if critic else 1) + 6 * (s.actor_linear - s.critic_linear) * samples.lengths.sum())
+    spoken, seldom = samples.lengths.sum(), s.critic_linear / s.layers - 2 * s.hidden * s.keys              # parameters of the last layer
+    always = 6 * ((s.critic_linear - seldom) * sizes.sum() + s.layers * s.queries * sizes.square().sum())
+    return float(always + 6 * (seldom + s.actor_linear - s.critic_linear) * spoken + critic * (always + 6 * seldom * 2 * len(sizes)))
 
 
 def main():
@@ -196,8 +197,8 @@ def main():
     peak = peak_flops(device, half)
     print(f"same losses (to {apart:.0e}) and gradients (to {off:.0e} of the largest) as the reference; a matrix product reaches {peak / 1e9:.0f} GFLOP/s")
 
-    optimizer, kinds = train.optimizer_of(policy, config), {"ours": (False, False), "full logits": (True, False), "longest": (False, True),
-                                                            "full logits, longest": (True, True)}
+    optimizer, kinds = train.optimizer_of(policy, config), {"ours": (False, False), "everything": (True, False), "longest": (False, True),
+                                                            "everything, longest": (True, True)}
     best, padded, memory = {}, {}, {}
     for _ in range(3):                                                  # in turns, so that a slow moment of the machine hits all
         for critic in (False, True):
@@ -221,7 +222,7 @@ def main():
     took = best[True, "ours"] - best[False, "ours"]
     print(f"critic, by difference                   {took:9.3f}{sum(sizes) / took:10.0f}"
           f"{(needed(s, samples, True) - needed(s, samples, False)) / took / peak:6.0%}")
-    print(f"update: {best[True, 'full logits, longest'] / best[True, 'ours']:.1f}x")
+    print(f"update: {best[True, 'everything, longest'] / best[True, 'ours']:.1f}x")
 
 
 if __name__ == "__main__":

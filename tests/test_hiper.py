@@ -6,12 +6,13 @@ import math
 import os
 import random
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import hiper
@@ -565,6 +566,73 @@ def test_value_loss_reaches_its_own_backbone(actor, critic):
     assert moved(actor) and not moved(policy.heads) and (critic == "shared" or not moved(policy.critic))
 
 
+# ---- the last layer is computed where it is read -----------------------------------------------------------------------
+
+SMALL = dict(vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+KINDS_OF_LM = {"qwen2": 3, "qwen3": 3, "llama": 3, "mistral": 3, "gemma2": 3, "olmo2": 3, "phi3": 2, "cohere": 3, "qwen3_moe": 3, "mixtral": 3,
+               "gpt2": 0}                                           # and how many modules of the last layer are left out where nobody reads
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_LM)
+def test_reading_leaves_what_is_read_as_it_is(kind):
+    torch.manual_seed(0)
+    more = dict(num_experts=4, num_local_experts=4, moe_intermediate_size=16, num_experts_per_tok=2) if "mo" in kind or "mix" in kind else {}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL, **more)).eval().base_model
+    ids, where = torch.randint(3, 257, (3, 9)), torch.rand(3, 9) < 0.3
+    where[0], where[1, -1] = False, True
+    weights = torch.randn(27, 32)
+
+    def read(context, which=where):
+        model.zero_grad()
+        with context:
+            hidden = model(input_ids=ids, use_cache=False).last_hidden_state[which]                 # [M, H]
+        (hidden * weights[:len(hidden)]).sum().backward()
+        return hidden.detach(), [torch.zeros(()) if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+    wrapped, before = [], {name: vars(module).get("forward") for name, module in model.named_modules()}
+    with hiper.reading(model, where):
+        wrapped = [name for name, module in model.named_modules() if vars(module).get("forward") is not before[name]]
+        assert len(wrapped) == KINDS_OF_LM[kind] and all(f".{SMALL['num_hidden_layers'] - 1}." in name for name in wrapped)
+    last = torch.zeros_like(where)
+    last[:, -1] = True
+    for which, argument in ((where, where), (last, None)):
+        (want, wanted), (got, had) = read(nullcontext(), which), read(hiper.reading(model, argument), which)
+        assert torch.allclose(got, want, atol=1e-5) and all(torch.allclose(a, b, atol=1e-4) for a, b in zip(had, wanted))
+    with pytest.raises(ZeroDivisionError), hiper.reading(model, where):
+        1 / 0
+    assert before == {name: vars(module).get("forward") for name, module in model.named_modules()}
+
+
+def test_reading_computes_no_more_than_that(actor):
+    rows = []                                                       # the critic, a copy, counts there too
+    actor.base_model.layers[-1].mlp.gate_proj.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[-2]))
+    batch, policy = samples(), policy_of(actor, "separate")
+    turns, tokens = len(batch.prompts), int(batch.lengths.sum())
+    forward(policy, batch)
+    assert len(rows) == 2 and tokens <= rows[0] <= tokens + turns and turns <= rows[1] <= 2 * turns
+    forward(policy, batch, parts=("values",))
+    assert rows[2:] == rows[1:2]                                    # the actor is not asked
+    rows.clear()
+    rollout.generate(actor, BYTES, [[1, 2, 3], [3], [4, 5]], temperature=1.0, max_response=1)
+    assert rows == [3]
+
+
+def test_what_recomputes_its_activations_is_left_alone(actor):
+    actor.gradient_checkpointing_enable()
+    with hiper.reading(actor.base_model):
+        assert not any("forward" in vars(module) for module in actor.modules())
+
+
+def test_a_forward_of_somebody_else_s_comes_back(actor):
+    """Accelerate sets `forward` on modules that it moves between devices."""
+    mlp = actor.base_model.layers[-1].mlp
+    mlp.forward = theirs = lambda x: torch.zeros_like(x)
+    with hiper.reading(actor.base_model):
+        assert mlp.forward is not theirs
+    assert mlp.forward is theirs
+
+
 class CountingHead(torch.nn.Linear):
     def forward(self, x):
         self.most, self.calls = max(getattr(self, "most", 0), len(x)), getattr(self, "calls", 0) + 1
@@ -642,12 +710,6 @@ def test_generation_survives_ids_that_the_tokenizer_lacks(actor):
     answers = rollout.generate(actor, BYTES, [[1, 2], [3]], temperature=1.0, max_response=12)
     assert max(map(max, answers)) >= 257
     assert rollout.samples_of([[1, 2], [3]], answers, BYTES).masks.action.any()
-
-
-def test_generation_stops_each_row_at_its_own_action():
-    stop, rows = rollout.StopAtAction(BYTES, 2, 2, {0}), [BYTES("??" + text)["input_ids"] for text in ("<action>a</action>zzzz", "zz</action>zzzzzzzzzzz")]
-    ended = [stop(torch.tensor(rows)[:, :n], None).tolist() for n in range(3, len(rows[0]) + 1)]
-    assert stop.lengths == [18, 11] and ended[-1] == [True, True] and ended[10 - 1] == [False, False] and ended[10] == [False, True]
 
 
 def test_score_does_not_depend_on_the_micro_batches(actor):

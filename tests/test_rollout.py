@@ -372,16 +372,19 @@ def test_an_end_token_that_is_also_the_pad_is_kept_and_trained(tiny_tokenizer):
 
 # ---- generate ---------------------------------------------------------------------------------------------------------
 
-def speaks(actor, rows):
-    """Make the model say `rows` (id lists) whatever it is asked; past their end it says id 1."""
+def speaks(actor, rows, ends=None):
+    """Make the model say `rows` (id lists) whatever it is asked. ends: where each row ought to leave the batch; that it did is checked."""
     forward, step = actor.forward, iter(range(10 ** 6))
+    ends = ends or [10 ** 6] * len(rows)
 
     @functools.wraps(forward)
     def scripted(*args, **kwargs):
         out, k = forward(*args, **kwargs), next(step)
-        for n, row in enumerate(rows):
+        live = [row for row, end in zip(rows, ends) if k < end]
+        assert len(out.logits) == len(live)
+        for n, row in enumerate(live):
             out.logits[n, -1] = -1e9
-            out.logits[n, -1, row[k] if k < len(row) else 1] = 0.0
+            out.logits[n, -1, row[k]] = 0.0
         return out
     actor.forward = scripted
     return actor
@@ -395,9 +398,8 @@ def test_each_row_stops_at_its_own_action_or_end_token_and_keeps_it(tiny_actor, 
     end, ids = tiny_tokenizer.eos_token_id, lambda text: tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
     rows = [ids(said(True, "a", "x")), ids("<action>") + [end], ids("<action>ab</action>")]
     assert len({*map(len, rows)}) == 3
-    got = generate(speaks(tiny_actor, [rows[0] + ids("more"), rows[1] + ids("more"), rows[2] + [end]]), tiny_tokenizer, PROMPTS,
-                   temperature=temperature, max_response=60)
-    assert got == rows
+    actor = speaks(tiny_actor, [row + ids("more") for row in rows], list(map(len, rows)))
+    assert generate(actor, tiny_tokenizer, PROMPTS, temperature=temperature, max_response=60) == rows
 
 
 def test_a_response_is_cut_at_its_longest(tiny_actor, tiny_tokenizer):
@@ -415,7 +417,7 @@ def test_the_pad_id_is_an_end_of_its_own(tiny_actor, tiny_tokenizer):
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(3)
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     assert pad == 3 != end
-    got = generate(speaks(tiny_actor, [[7, pad, 7], [7, 7, end], [end]]), tokenizer, PROMPTS, temperature=0, max_response=9)
+    got = generate(speaks(tiny_actor, [[7, pad], [7, 7, end], [end]], [2, 3, 1]), tokenizer, PROMPTS, temperature=0, max_response=9)
     assert got == [[7, pad], [7, 7, end], [end]]
 
 
@@ -445,33 +447,50 @@ def test_sampling_follows_the_temperature(tiny_actor, tiny_tokenizer):
             assert seen[top].sum().item() == pytest.approx(p[top].sum().item(), abs=0.04)
 
 
-def test_the_checkpoint_s_own_generation_config_stays_out(tiny_actor, tiny_tokenizer, monkeypatch):
+def test_the_checkpoint_s_own_generation_config_stays_out(tiny_actor, tiny_tokenizer):
     """Qwen2.5 ships top_k 20, top_p 0.8, temperature 0.7, repetition_penalty 1.05; others ship worse. None may bend pi."""
     greedy = generate(tiny_actor, tiny_tokenizer, PROMPTS, temperature=0, max_response=10)
     own = GenerationConfig(do_sample=True, top_k=50, top_p=0.5, temperature=0.1, repetition_penalty=1.3, min_new_tokens=7, min_p=0.3,
                            no_repeat_ngram_size=2, typical_p=0.5, suppress_tokens=[greedy[0][0]], bad_words_ids=[[greedy[1][0]]],
-                           num_beams=1, epsilon_cutoff=1e-2, exponential_decay_length_penalty=(2, 1.5), bos_token_id=5, eos_token_id=9)
+                           num_beams=4, num_return_sequences=2, use_cache=False, epsilon_cutoff=1e-2, exponential_decay_length_penalty=(2, 1.5), bos_token_id=5, eos_token_id=9)
     tiny_actor.generation_config = own
-    before, seen = own.to_dict(), []
-    sample = type(tiny_actor)._sample
-
-    def spy(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-        seen.append(([type(p).__name__ for p in logits_processor], generation_config))
-        return sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
-    monkeypatch.setattr(type(tiny_actor), "_sample", spy)
+    before = own.to_dict()
     assert generate(tiny_actor, tiny_tokenizer, PROMPTS, temperature=0, max_response=10) == greedy
-    for temperature, names in ((0.4, {"TemperatureLogitsWarper"}), (1.0, {"TemperatureLogitsWarper"}), (0.0, set())):
-        generate(tiny_actor, tiny_tokenizer, PROMPTS, temperature=temperature, max_response=2)
-        processors, config = seen[-1]
-        assert set(processors) <= names
-        assert config.do_sample == (temperature > 0) and (not temperature or config.temperature == temperature)
+    said = []
+    for config in (own, GenerationConfig()):
+        tiny_actor.generation_config = config
+        torch.manual_seed(0)
+        said.append(generate(tiny_actor, tiny_tokenizer, PROMPTS, temperature=0.4, max_response=10))
+    assert said[0] == said[1]
+    tiny_actor.generation_config = own
+    with pytest.raises(TypeError):
+        generate(tiny_actor, tiny_tokenizer, PROMPTS, temperature="hot", max_response=10)
     assert tiny_actor.generation_config is own and own.to_dict() == before                     # it is saved with the model, unchanged
 
 
+@pytest.mark.parametrize("n, size", [(1, 1), (5, 7), (4, 2000)])
+def test_a_draw_follows_its_probabilities(n, size):
+    p = torch.rand(n, size).pow(4)
+    p[:, size // 2] = 0.0 if size > 1 else 1.0                              # what cannot be is never drawn
+    p /= p.sum(1, keepdim=True)
+    torch.manual_seed(0)
+    times = 20000
+    seen = torch.stack([torch.bincount(row, minlength=size) for row in rollout.draw(p.repeat_interleave(times, 0)).view(n, times)])    # [n, V]
+    assert not seen[p == 0].any()
+    off = (seen - times * p)[p > 0] / (times * p * (1 - p)).sqrt()[p > 0].clamp(min=1.0)
+    assert off.abs().max() < 5.5                                            # in standard deviations
+
+
+def test_a_draw_at_the_edges_stays_in_the_vocabulary(monkeypatch):
+    p = torch.tensor([[0.0, 0.25, 0.0, 0.75], [1.0, 0.0, 0.0, 0.0]])
+    for u, want in ((0.0, [1, 0]), (0.25, [3, 0]), (1 - 2 ** -53, [3, 0])):
+        monkeypatch.setattr(torch, "rand", lambda *size, u=u, **kw: torch.full(size, u, dtype=kw["dtype"]))
+        assert rollout.draw(p)[:, 0].tolist() == want
+    monkeypatch.setattr(torch, "rand", lambda *size, **kw: torch.ones(size, dtype=kw["dtype"]))
+    assert rollout.draw(p).max() == 3                                       # an index all the same
+
+
 def test_generate_leaves_no_gradient(tiny_actor, tiny_tokenizer):
-    stop = rollout.StopAtAction(tiny_tokenizer, 0, 1, {3})
-    assert stop(torch.tensor([[3]]), None).tolist() == [True] and stop(torch.tensor([[3, 4]]), None).tolist() == [True]
-    assert stop.lengths == [1]                                          # and a row that ended stays ended
     generate(tiny_actor, tiny_tokenizer, PROMPTS, temperature=1.0, max_response=2)
     assert all(p.grad is None and p.requires_grad for p in tiny_actor.parameters())
 

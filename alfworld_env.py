@@ -216,7 +216,7 @@ def _engine_class():
     parse = functools.lru_cache(SENTENCES)(textgen._parse_and_convert)
     memories = (  # where the engine looks a function up, its name there, and what stands there while the engine works
         (fast_downward, "pddl2sas", lambda domain, problem, verbose=False, optimize=False:
-            (None, "") if optimize else pickle.loads(zlib.decompress(translate(domain, problem)))),  # optimized for the planner, which nobody asks here
+            (None, "") if optimize else pickle.loads(zlib.decompress(translate(domain, problem)))),        # optimized: for a planner
         (textgen, "_parse_and_convert", lambda *text, **how: copy.deepcopy(parse(*text, **how))),  # it writes into the symbols
         (textgen.Rule, "parse_conjunctive_query", functools.lru_cache(SENTENCES)(textgen.Rule.parse_conjunctive_query)))
 

@@ -69,7 +69,8 @@ def load(out, mmap=False):
         damaged.append(path)
         tqdm.write(f"warning: {path} is damaged: looking for the one before")
     if damaged:
-        raise UserError(f"no checkpoint of {out} can be read: give another --out, or remove {' and '.join(map(str, damaged))} to begin anew")
+        raise UserError(f"no checkpoint of {out} can be read: give another --out, or remove "
+                        f"{' and '.join(map(str, damaged))} to begin anew")
 
 
 def restore(policy, optimizer, saved):

@@ -61,7 +61,8 @@ class Config:
     whiten: str = knob("together", "hiper: advantages are scaled to unit variance together, which keeps the proportions of Theorem 4.1, or "
                        "each decision's by themselves (paper: each)")
     switch_advantage: str = knob("critic", "hiper: critic, G - V_switch (released code), or gain, (q - beta)(V_high - V_keep) (paper)")
-    heads: int = knob(3, "hiper: 3 value heads, or 2, with V_switch put together from the others: is the third worth having? (released code: 3)")
+    heads: int = knob(3, "hiper: 3 value heads, or 2, with V_switch put together from the others: is the third worth having? (released "
+                     "code: 3)")
     targets: str = knob("lambda", "hiper: values learn lambda-returns (released code) or td0, one-step targets (paper)")
     lam: float = knob(0.65, "ppo: lambda of flat GAE, per turn (customary: 0.95)")
     gigpo_gamma: float = knob(0.95, "gigpo: discount of the returns compared at equal states (GiGPO: 0.95)")
@@ -93,8 +94,8 @@ class Config:
     act_noise: float = knob(0.0, "probability that the demonstrator does, and shows, any admissible action")
     slips: float = knob(0.25, "probability that another action happens than the one the demonstrator shows")
     blunders: float = knob(0.0, "probability that instead an action of another episode is tried, which mostly nothing comes of")
-    disguises: int = knob(0, "further copies of each demonstration under permuted names (alfworld), so that the clone reads them instead of "
-                          "reciting them")
+    disguises: int = knob(0, "further copies of each demonstration under permuted names (alfworld), so that the clone reads "
+                          "them instead of reciting them")
     clone_epochs: int = knob(2, "passes over the demonstrations")
     clone_lr: float = knob(2e-3, "learning rate of cloning")
     # reporting
@@ -140,7 +141,8 @@ def check(config):
     for name in ("temperature", "max_grad_norm", "clone_epochs", "clone_lr"):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name} must be above 0, not {getattr(config, name)}")
-    for name in ("gamma", "lam_low", "lam_high", "lam", "gigpo_gamma", "checklist", "lr_end", "plan_noise", "act_noise", "slips", "blunders"):
+    for name in ("gamma", "lam_low", "lam_high", "lam", "gigpo_gamma", "checklist", "lr_end", "plan_noise", "act_noise", "slips",
+                 "blunders"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"--{name} must lie in [0, 1], not {getattr(config, name)}")
     for name, choices in {"method": METHODS, "prompt": ("plan-execute", "flat"), "critic": ("separate", "shared"), "heads": (2, 3),

@@ -66,7 +66,8 @@ def players(swaps, runner, frozen, tokenizer, style, temperature, seed=0):
             planned = [p + tokenizer(hiper.keep_block(d.subgoal, "SWITCH" if d.switch else "KEEP"), add_special_tokens=False)["input_ids"]
                        for p, d in zip(prompts, decisions)]
             return [hiper.parse(text).action for text in speak(planned, b"</action>")]
-        aims = {slot: d.subgoal if d.subgoal and (d.switch or not seat.turns) else seat.subgoal for (slot, seat), d in zip(seats.items(), decisions)}
+        aims = {slot: d.subgoal if d.subgoal and (d.switch or not seat.turns) else seat.subgoal
+                for (slot, seat), d in zip(seats.items(), decisions)}
         return [advice[2] if advice and not advice[0] else other for advice, other in zip(runner.expert(aims).values(), anything)]
 
     return {name: play for name, play in (("planner", plan), ("executor", act)) if name in swaps}

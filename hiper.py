@@ -269,25 +269,25 @@ class ActorCritic(nn.Module):
         """
         logp = entropy = v_high = v_low = v_switch = None
         rows = torch.arange(len(ids), device=ids.device)
-        judged = torch.stack([prompt_lengths - 1, prompt_lengths + subgoal_end])            # [2, N] where the heads read
-        valued = torch.zeros_like(ids, dtype=torch.bool).index_put((rows, judged), rows.new_ones(()).bool())       # [N, P + L]
+        mark = lambda *where: torch.zeros_like(ids, dtype=torch.bool).index_put(where, torch.ones_like(rows[0], dtype=torch.bool))
+        last, acts = prompt_lengths - 1, prompt_lengths + subgoal_end                       # [N] each, where the heads read
+        valued = mark(rows, torch.stack([last, acts]))                                      # [N, P + L]
         if "logp" in parts:
             offset = torch.arange(int(lengths.max()), device=ids.device)                    # [L]
             where = offset < lengths[:, None]                                               # [N, L]
             at = (prompt_lengths[:, None] - 1 + offset)[where]                              # [M] one before each response token
             n = rows[:, None].expand_as(where)[where]                                       # [M]
-            with reading(self.actor.base_model, valued.index_put((n, at), valued.new_ones(()))):
+            with reading(self.actor.base_model, valued | mark(n, at)):
                 hidden = self.actor.base_model(input_ids=ids, use_cache=False).last_hidden_state        # [N, P + L, H]
             flat = token_logp(hidden[n, at], ids[n, at + 1], self.actor.get_output_embeddings(), self.temperature)
             logp, entropy = (hidden.new_zeros(where.shape, dtype=torch.float32).index_put((where,), x) for x in flat)
         if "values" in parts:
             if self.critic is not None or logp is None:
-                backbone, width = self.critic or self.actor.base_model, int(judged.max()) + 1       # what comes after is not judged
+                backbone, width = self.critic or self.actor.base_model, int(acts.max()) + 1             # what comes after is not valued
                 with reading(backbone, valued[:, :width]):
                     hidden = backbone(input_ids=ids[:, :width], use_cache=False).last_hidden_state
-            last = self.heads(hidden[rows, prompt_lengths - 1]).float()                     # [N, 3]
-            v_high, v_switch = last[:, 0], last[:, 2]
-            v_low = self.heads(hidden[rows, prompt_lengths + subgoal_end]).float()[:, 1]    # [N]
+            v_high, _, v_switch = self.heads(hidden[rows, last]).float().unbind(1)          # [N] each
+            v_low = self.heads(hidden[rows, acts]).float()[:, 1]
         return Scores(logp, entropy, v_high, v_low, v_switch)
 
 

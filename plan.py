@@ -60,8 +60,8 @@ def sizes(shape, critic="separate"):
     own, blocks = policy.critic or torch.nn.Identity(), [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)]
     hidden, heads, known = shape.hidden_size, shape.num_attention_heads, lambda name: getattr(shape, name, None)
     width = known("head_dim") or hidden // heads
-    return Sizes(count(policy.actor), count(own), count(policy.heads), linear(policy.actor), linear(own), max(map(count, blocks), default=0),
-                 count(policy) - count(*blocks), shape.num_hidden_layers, hidden, width * heads,
+    return Sizes(count(policy.actor), count(own), count(policy.heads), linear(policy.actor), linear(own),
+                 max(map(count, blocks), default=0), count(policy) - count(*blocks), shape.num_hidden_layers, hidden, width * heads,
                  width * (known("num_key_value_heads") or heads), known("intermediate_size") or 4 * hidden, shape.vocab_size)
 
 
@@ -156,8 +156,10 @@ def show(config):
         row(name, [f"{size / 1e9:.2f}" if phase in phases else "" for phase in peaks])
     row("peak", [f"{size / 1e9:.2f}" for size in peaks.values()])
     tokens = max(config.tokens_per_batch, config.max_prompt + config.max_response)
-    print("\nActivations with gradient checkpointing and without: " + ", ".join(f"{activations(s, tokens, on) / 1e9:.2f}" for on in (True, False)))
-    say = lambda spare, flags: f"yes, {spare:.1f} GB to spare" if spare >= 0 else f"no, {-spare:.1f} GB short" + f" ({flags} fits)" * bool(flags)
+    less, full = (f"{activations(s, tokens, on) / 1e9:.2f}" for on in (True, False))
+    print(f"\nActivations with gradient checkpointing and without: {less}, {full}")
+    say = lambda spare, flags: (f"yes, {spare:.1f} GB to spare" if spare >= 0
+                                else f"no, {-spare:.1f} GB short" + f" ({flags} fits)" * bool(flags))
     print(f"What fits, {RESERVE:.0%} being left to CUDA, NCCL and fragmentation.")
     for sharded, title in enumerate(("Weights replicated, more GPUs share only the episodes", "In shards, configs/accelerate/fsdp.yaml")):
         print(title + ":")

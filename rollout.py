@@ -103,7 +103,7 @@ def decode(model, input_ids, *, mask, temperature, longest, ended, past_key_valu
 
 
 def generate(actor, tokenizer, prompts, *, temperature, max_response, tag=b"</action>"):
-    """Sample one response per prompt (greedy at temperature 0), up to `tag` or an end token. prompts: list of id lists -> list of id lists."""
+    """Sample one response per prompt (greedy at temperature 0), up to `tag` or an end token. Lists of ids -> lists of ids."""
     table, width, pad = hiper.token_bytes(tokenizer), max(map(len, prompts)), tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=actor.device)             # [N, P] left-padded
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=actor.device)   # from lengths

@@ -63,7 +63,8 @@ def demonstrations(runner, tasks, *, plan_noise, act_noise=0.0, slips, blunders=
 
 def train_tokenizer(texts, vocab_size=2048):
     """Qwen2's own tokenizer class, its byte-level BPE learnt from `texts` (no text is unknown); a tag or a name such as
-    ` drawer 1`, a product's number or an option of its is one token of its own. -> Qwen2Tokenizer, which AutoTokenizer finds again beside a Qwen2 model."""
+    ` drawer 1`, a product's number or an option of its is one token of its own. -> Qwen2Tokenizer, which AutoTokenizer finds again beside a
+    Qwen2 model."""
     end = "<|endoftext|>"
     letters = pre_tokenizers.ByteLevel.alphabet()
     tokenizer = Qwen2Tokenizer({token: i for i, token in enumerate([end, *sorted(letters)])}, [])

@@ -137,8 +137,10 @@ def update(policy, optimizer, samples, old, ref, credit, config, accelerator, ac
                 k3 = hiper.kl_k3(new.logp, here(ref.logp)) * said if ref else torch.zeros_like(new.logp)
                 kl_term = k3.sum() / n_spoken
                 held = (k3 * torch.where(learns, config.kl, config.kl_rest)).sum() / n_spoken
-                value_term = sum((hiper.value_loss(new.value(head), here(old.value(head)), here(y), config.value_clip) * here(where)).sum() / n
-                                 for (head, (y, where)), n in zip(heads.items(), n_valued)) + torch.zeros((), device=device)
+                value_term = torch.zeros((), device=device)
+                for (head, (y, where)), n in zip(heads.items(), n_valued):
+                    loss = hiper.value_loss(new.value(head), here(old.value(head)), here(y), config.value_clip)
+                    value_term = value_term + (loss * here(where)).sum() / n
                 ((value_term + (policy_term + held if actor_learns else 0)) * bool(part)).backward()
                 for name, x in {"policy_loss": policy_term, "value_loss": value_term, "kl": kl_term,
                                 "clip_fraction": (clipped * learns).sum() / n_trained,

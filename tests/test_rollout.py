@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import envs
 import hiper
@@ -430,6 +430,25 @@ def test_greedy_is_deterministic_and_left_padding_changes_nothing(tiny_actor, ti
     assert [generate(tiny_actor, tiny_tokenizer, [p], temperature=0, max_response=12)[0] for p in prompts] == once
     hot = [generate(tiny_actor, tiny_tokenizer, prompts, temperature=1.0, max_response=12) for _ in range(2)]
     assert hot[0] != hot[1] != once
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "mistral", "gemma2", "phi3", "qwen3_moe", "gpt2", "bloom"])
+def test_rows_leave_any_model_s_batch_and_cache_without_a_trace(kind, tiny_tokenizer):
+    """Greedy, against HF's own loop, rows of all lengths; the end token is one that the model happens to say early in one row."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        kind, vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, **{"sliding_window": 6} if kind in ("mistral", "gemma2", "phi3") else {}, num_experts=4, moe_intermediate_size=16, num_experts_per_tok=2, initializer_range=0.5, pad_token_id=1, bos_token_id=1,
+        eos_token_id=2)).eval()
+    model.generation_config = GenerationConfig(pad_token_id=1)
+    prompts = [[random.Random(n).randrange(3, 300) for _ in range(5 + 3 * n)] for n in range(6)]
+    want = [model.generate(torch.tensor([p]), max_new_tokens=12, do_sample=False, eos_token_id=None)[0, len(p):].tolist() for p in prompts]
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    end = next(i for i in want[2] if 2 < i < len(tokenizer) and sum(i in row for row in want) < len(want))
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    want = [row[:row.index(end) + 1] if end in row else row for row in want]
+    assert len({*map(len, want)}) > 1
+    assert generate(model, tokenizer, prompts, temperature=0, max_response=12) == want
 
 
 def test_sampling_follows_the_temperature(tiny_actor, tiny_tokenizer):

@@ -4,8 +4,8 @@
     batch_of(episodes, ...) -> Batch           the same as ids, masks and padded [B, T] arrays
     score(policy, samples, ...) -> Scores      log-probs and values with the forward that training uses
 
-A slot holds one episode. Only unfinished episodes are in the batch that generates; a slot that falls free takes the next task
-of the queue at once, so a long episode does not hold back the rest.
+A slot holds one episode. Only unfinished episodes are in the batch that generates, and in it only unfinished answers; a slot that
+falls free takes the next task of the queue at once, so a long episode does not hold back the rest.
 
 Old log-probs are not taken from generation: `score` computes them on the same rows, positions and micro-batching as training,
 so that in the first PPO step the ratio is 1 (generation itself agrees to 1e-4 in float32, far less in bf16).

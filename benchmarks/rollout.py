@@ -2,15 +2,18 @@
 
 `rollout.collect` on 256 household episodes of mixed length in 128 slots, against the same episodes played in lockstep, as it is commonly
 written: a fixed batch of 128 tasks; every slot generates in every turn until the last episode of the batch has ended, and what
-finished slots say is thrown away; HF `generate` runs to the end token or to max_new_tokens. Same model, prompts, tasks, sampling and limits.
-    lockstep, own    the same, but with our `rollout.generate`, whose rows leave at their `</action>`: what remains is the batch's waste alone
+finished slots say is thrown away; HF `generate` runs to the end token or to max_new_tokens. Same model, prompts, tasks, sampling
+and limits.
+    lockstep, own    the same, but with our `rollout.generate`, whose rows leave at their `</action>`: what remains is the waste of the
+                     batch alone
 The step limit of task i lies between 3 and 50, evenly. The tiny model is cloned for a few seconds first (`--demos 0`: left random), so that
 its answers have the length that answers have. It was never taught to write an end token after `</action>`; a chat model was, mostly, and
 then our `generate` is worth less: see the line in between. Only turns of running episodes, and tokens up to `</action>`, are counted.
 
 Then one step of decoding against its roofline: the bytes of weights and KV cache that it has to read, at the copy bandwidth measured
 here on 64 MiB. `--model NAME` does this part for another shape (plan.SHAPES, or a folder with a config.json; random weights), on
-a GPU where there is one. A tiny model's 2 MB stay in the processor's cache, so its bound is loose: what it pays is Python and kernel launches.
+a GPU where there is one. A tiny model's 2 MB stay in the processor's cache, so its bound is loose: what it pays is Python and kernel
+launches.
 """
 import argparse
 import os
@@ -107,7 +110,8 @@ def play(config, style, demos, episodes):
             turns, tokens, rows = method(actor, tokenizer, runner, tasks, config.slots, style)
             took = time.perf_counter() - start
             speed[name] = turns / took
-            print(f"{name:16s}{took:9.1f}{turns / took:10.0f}{tokens / took:10.0f}{turns:7d}{tokens / turns:15.1f}{rows / turns:15.2f}", flush=True)
+            print(f"{name:16s}{took:9.1f}{turns / took:10.0f}{tokens / took:10.0f}{turns:7d}{tokens / turns:15.1f}{rows / turns:15.2f}",
+                  flush=True)
     return speed, actor, tokenizer
 
 
@@ -128,8 +132,9 @@ def roofline(actor, s, slots, prompt, response, device, half):
     weights = (2 if half else 4) * s.actor_linear                       # under autocast: its bf16 copies
     cache = slots * (prompt + response / 2) * s.layers * s.keys * 8                  # float32, see plan.kv_cache
     bound = (weights + cache) / bandwidth
-    print(f"\ndecoding on {device.type}, {slots} rows after prompts of {prompt} tokens: {1e3 * step:.2f} ms a step, {slots / step:.0f} tokens/s "
-          f"(prompts: {1e3 * first:.0f} ms)\nroofline: {weights / 1e6:.1f} MB of weights and {cache / 1e6:.1f} MB of cache at {bandwidth / 1e9:.1f} GB/s "
+    print(f"\ndecoding on {device.type}, {slots} rows after prompts of {prompt} tokens: {1e3 * step:.2f} ms a step, "
+          f"{slots / step:.0f} tokens/s (prompts: {1e3 * first:.0f} ms)\nroofline: {weights / 1e6:.1f} MB of weights and "
+          f"{cache / 1e6:.1f} MB of cache at {bandwidth / 1e9:.1f} GB/s "
           f"take {1e3 * bound:.2f} ms: decoding reaches {bound / step:.0%} of it")
 
 
@@ -151,7 +156,8 @@ def main():
     config = Config(slots=given.slots)
     speed, actor, _ = play(config, config.style, given.demos, given.episodes)
     roofline(actor, plan.sizes(actor.config, "shared"), given.slots, given.prompt, 24, torch.device("cpu"), False)
-    print(f"our generate is worth {speed['lockstep, own'] / speed['lockstep']:.1f}x, full slots {speed['ours'] / speed['lockstep, own']:.1f}x")
+    own = speed["lockstep, own"]
+    print(f"our generate is worth {own / speed['lockstep']:.1f}x, full slots {speed['ours'] / own:.1f}x")
     print(f"rollout: {speed['ours'] / speed['lockstep']:.1f}x")
 
 

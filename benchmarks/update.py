@@ -1,7 +1,8 @@
 """How fast is one PPO update? `python benchmarks/update.py`, about two minutes on two CPU cores.
 
     --mixed          prompts of 100 to 700 tokens (real games) instead of 40 to 70 (the household); responses are 12 to 24 in both
-    --model NAME     tiny (default), a name in plan.SHAPES, or a folder with a config.json; random weights; on a GPU, in bf16, where there is one
+    --model NAME     tiny (default), a name in plan.SHAPES, or a folder with a config.json; random weights; on a GPU, in bf16, where
+                     there is one
     --turns N        turns of the update; --tokens T: of a micro-batch
 
 Timed is `train.update`, AdamW steps included, on made-up turns: random ids, lengths uniform in the ranges above. The reference is the same
@@ -11,7 +12,8 @@ function with its economies taken away, some or all:
     longest          every row is right-padded to the longest turn, and micro-batches are equally many rows in no order, as many as
                      the same token limit allows; ours are sorted by length, and padded to their own longest
 Loss and step are the same code in both; log-probs, values, padding and micro-batches are not. Both must give the same losses and
-gradients, to 1e-4 of the largest, in float32. MFU: floating-point operations that the update cannot do without (`needed`) over what a large matrix product reaches here in the same precision.
+gradients, to 1e-4 of the largest, in float32. MFU: floating-point operations that the update cannot do without (`needed`) over what a
+large matrix product reaches here in the same precision.
 """
 import argparse
 import copy
@@ -83,7 +85,8 @@ def variant(policy, samples, full, unsorted):
     def equal(lengths, tokens):
         rows = max(1, tokens // longest(samples))
         return [list(range(n, min(n + rows, len(lengths)))) for n in range(0, len(lengths), rows)]
-    return policy, Longest(samples.prompts, samples.responses, samples.masks, samples.lengths), mock.patch.object(train, "micro_batches", equal)
+    samples = Longest(samples.prompts, samples.responses, samples.masks, samples.lengths)
+    return policy, samples, mock.patch.object(train, "micro_batches", equal)
 
 
 # ---- data and measuring ----
@@ -182,7 +185,8 @@ def main():
     s, prompts = plan.sizes(shape), (100, 700) if given.mixed else (40, 70)
     torch.manual_seed(0)
     with torch.device(device):                                          # eager where train.py has it
-        actor = AutoModelForCausalLM.from_config(shape, dtype=torch.float32, attn_implementation="eager" if given.model == "tiny" else "sdpa")
+        attention = "eager" if given.model == "tiny" else "sdpa"
+        actor = AutoModelForCausalLM.from_config(shape, dtype=torch.float32, attn_implementation=attention)
         policy = hiper.ActorCritic(actor.eval(), "separate")
         torch.nn.init.normal_(policy.heads.weight, std=0.1)
     samples, credit = turns(given.turns or (128 if given.mixed else 512), prompts, s.vocab)
@@ -195,7 +199,8 @@ def main():
     ref = old._replace(logp=old.logp + 0.1 * torch.randn(old.logp.shape, generator=torch.Generator().manual_seed(1)) * (old.logp != 0))
     off, apart = check(policy, samples, credit, old, ref, config, device)
     peak = peak_flops(device, half)
-    print(f"same losses (to {apart:.0e}) and gradients (to {off:.0e} of the largest) as the reference; a matrix product reaches {peak / 1e9:.0f} GFLOP/s")
+    print(f"same losses (to {apart:.0e}) and gradients (to {off:.0e} of the largest) as the reference; a matrix product reaches "
+          f"{peak / 1e9:.0f} GFLOP/s")
 
     optimizer, kinds = train.optimizer_of(policy, config), {"ours": (False, False), "everything": (True, False), "longest": (False, True),
                                                             "everything, longest": (True, True)}

@@ -5,6 +5,7 @@ one sentence, before anything is written.
 """
 import dataclasses
 import difflib
+import importlib.util
 import json
 import re
 from dataclasses import dataclass, field
@@ -74,6 +75,8 @@ class Config:
     lr: float = knob(6e-4, "actor learning rate (paper: 1e-6)")
     lr_end: float = knob(0.1, "what both learning rates fall to, linearly, as a share (paper: 1, constant)")
     critic_lr: float = knob(5e-4, "critic learning rate (paper: 1e-5)")
+    optimizer: str = knob("adamw", "adamw, or adamw8bit, whose moments take a quarter of the memory (pip install bitsandbytes; not with FSDP) "
+                          "(paper: adamw)")
     critic_warmup: int = knob(1, "first iterations that train the critic only (paper: 0)")
     epochs: int = knob(1, "passes over each iteration's turns (paper: 1)")
     minibatch: int = knob(256, "turns per optimizer step, over all processes (paper: 256)")
@@ -146,11 +149,14 @@ def check(config):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"--{name} must lie in [0, 1], not {getattr(config, name)}")
     for name, choices in {"method": METHODS, "prompt": ("plan-execute", "flat"), "critic": ("separate", "shared"), "heads": (2, 3),
-                          "whiten": ("together", "each"), "switch_advantage": ("critic", "gain"), "targets": ("lambda", "td0")}.items():
+                          "whiten": ("together", "each"), "switch_advantage": ("critic", "gain"), "targets": ("lambda", "td0"),
+                          "optimizer": ("adamw", "adamw8bit")}.items():
         if getattr(config, name) not in choices:
             raise UserError(f"--{name} must be {' or '.join(map(str, choices))}, not {getattr(config, name)!r}")
     if not re.fullmatch("learned|single|every-turn|fixed:[1-9][0-9]*", config.segments):
         raise UserError(f"--segments must be learned, single, every-turn or fixed:K with K turns, not {config.segments!r}")
+    if config.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes")
     if config.prompt == "flat" and config.method == "hiper":
         raise UserError("--prompt flat has no switches: it goes with --method ppo, rloo, grpo or gigpo")
     if config.segments != "learned" and config.method != "hiper":

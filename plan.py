@@ -107,20 +107,25 @@ def memory(s, config, shards=1):
     row, always, learning = config.max_prompt + config.max_response, ("rollout", "update", "step"), ("update", "step")
     tokens = max(config.tokens_per_batch, row)                      # a micro-batch has one row at the least
     trained = s.actor + s.critic + s.heads
+    if config.optimizer == "adamw8bit" and shards == 1:             # it knows no shards; a float32 scale for every 256
+        moments, scratch = {"Adam's two moments, 8 bits": (2 * (1 + 4 / 256) * trained, always)}, {}
+    else:                                                           # PyTorch's, in its foreach form
+        moments = {"Adam's two moments, float32": (8 * trained / shards, always)}
+        scratch = {"Adam's scratch copy of one group": (4 * max(s.actor, s.critic + s.heads) / shards, ("step",))}
     copies = {"autocast's bf16 copies, actor": (2 * s.actor_linear, ("rollout", "update")),
               "autocast's bf16 copies, critic": (2 * s.critic_linear, ("update",))}
     parts = {
         "actor weights, float32": (4 * s.actor / shards, always),
         "critic and heads, float32": (4 * (s.critic + s.heads) / shards, always),
         "reference weights, bf16": (2 * s.actor / shards if config.kl or config.kl_rest else 0, always),
-        "Adam's two moments, float32": (8 * trained / shards, always),
+        **moments,
         "gradients, float32": (4 * trained / shards, learning),
         **(together(s) if shards > 1 else copies),
         f"activations, {tokens} tokens": (activations(s, tokens, config.gradient_checkpointing), ("update",)),
         "a chunk of logits": (logits(s, tokens), ("update",)),
         f"KV cache, {config.slots} x {row} tokens": (kv_cache(s, config.slots, row), ("rollout",)),
         f"prefill, {config.slots} x {config.max_prompt} tokens": (prefill(s, config.slots, config.max_prompt), ("rollout",)),
-        "Adam's scratch copy of one group": (4 * max(s.actor, s.critic + s.heads) / shards, ("step",))}         # its foreach form
+        **scratch}
     return parts, {phase: sum(size for size, phases in parts.values() if phase in phases) for phase in always}
 
 

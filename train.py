@@ -88,7 +88,11 @@ def optimizer_of(policy, config):
     """AdamW over two groups: the actor, and what belongs to the critic alone."""
     actor = list(policy.actor.parameters())
     own = [p for name, p in policy.named_parameters() if not name.startswith("actor.")]
-    return torch.optim.AdamW([{"params": actor, "lr": config.lr}, {"params": own, "lr": config.critic_lr}], eps=1e-5, weight_decay=0.0)
+    if config.optimizer == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit as AdamW
+    else:
+        from torch.optim import AdamW
+    return AdamW([{"params": actor, "lr": config.lr}, {"params": own, "lr": config.critic_lr}], eps=1e-5, weight_decay=0.0)
 
 
 # ---- one iteration ----------------------------------------------------------------------------------------------------
@@ -287,6 +291,8 @@ def main(argv=None):
         if config.episodes // config.group_size < accelerator.num_processes:
             raise UserError(f"--episodes {config.episodes} in groups of {config.group_size} leave some of the "
                             f"{accelerator.num_processes} processes without one")
+        if shard.wanted(accelerator) and config.optimizer != "adamw":
+            raise UserError(f"--optimizer {config.optimizer} knows no weights in shards: take adamw with FSDP, whose moments are in shards too")
         out = Path(config.out)
         if accelerator.is_main_process:
             open_out(out, config)

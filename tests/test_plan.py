@@ -99,6 +99,24 @@ def test_weights_gradients_and_adam_take_what_their_tensors_take(critic):
     assert parts["Adam's scratch copy of one group"] == max(groups)
 
 
+def test_moments_in_8_bits_take_what_their_tensors_take():
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    config, shape = Config(optimizer="adamw8bit"), Qwen2Config(vocab_size=4096, hidden_size=128, intermediate_size=256, num_hidden_layers=1,
+                                                               num_attention_heads=4, num_key_value_heads=4)
+    policy = policy_of(shape, "separate")
+    optimizer = train.optimizer_of(policy, config)
+    for p in policy.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    taken = bytes_of(x for state in optimizer.state.values() for name, x in state.items()
+                     if name in ("state1", "state2", "absmax1", "absmax2"))
+    parts, peaks = plan.memory(plan.sizes(shape), config)
+    assert parts["Adam's two moments, 8 bits"][0] == pytest.approx(taken, rel=0.01)
+    whole, most = plan.memory(plan.sizes(shape), Config())
+    assert peaks["update"] < most["update"] and peaks["step"] < most["step"] and not any("scratch" in name for name in parts)
+    assert plan.memory(plan.sizes(shape), config, 8) == plan.memory(plan.sizes(shape), Config(), 8)        # in shards it is PyTorch's
+
+
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=lambda c: c.model_type)
 def test_activations_are_what_autograd_saves(shape):
     """Saved tensors of a forward under bf16 autocast, within 5 %."""

@@ -76,6 +76,6 @@ def test_the_worked_example_is_what_hae_prints():
 
 def test_flags_named_exist():
     fields = {field.name for field in dataclasses.fields(config.Config)}
-    own = {"swap", "split", "episodes", "greedy", "json", "quick", "run", "help", "plan", "config_file", "measured"}                # eval's and the benchmarks'
+    own = {"swap", "split", "episodes", "greedy", "json", "quick", "run", "help", "plan", "config_file", "measured", "mixed"}                # eval's and the benchmarks'
     for flag in re.findall(r"--([a-z_]+)", README):
         assert flag in fields | own, flag

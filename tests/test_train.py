@@ -1,6 +1,7 @@
 """train.py and eval.py: credit and update against slow oracles, N processes against one, and the scripts as a user runs them."""
 import copy
 import errno
+import importlib.util
 import json
 import math
 import os
@@ -358,6 +359,31 @@ def test_optimizer_of_has_every_parameter_once(tiny_policy):
         actor, critic = (group["params"] for group in train.optimizer_of(policy, config_of(lr=1.0, critic_lr=2.0)).param_groups)
         assert sorted(map(id, actor)) == sorted(map(id, policy.actor.parameters()))
         assert sorted(map(id, [*actor, *critic])) == sorted(map(id, policy.parameters()))
+
+
+def test_moments_in_8_bits_learn_and_go_on(trained, tmp_path):
+    """bitsandbytes' AdamW in PyTorch's place: the whole script, and a run that is taken up again ends with the same bits."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    whole, again, words = tmp_path / "whole", tmp_path / "again", dict(optimizer="adamw8bit", start=trained.out / "start")
+    train.main(flags(whole, **words))
+    assert any(x.dtype == torch.uint8 for state in torch.load(whole / "checkpoint.pt", weights_only=True)["optimizer"]["state"].values()
+               for part in state.values() if isinstance(part, dict) for x in part.values() if torch.is_tensor(x))
+    shutil.copytree(whole, again)
+    (again / "checkpoint.old.pt").replace(again / "checkpoint.pt")
+    train.main(flags(again, **words))
+    ours, theirs = (torch.load(out / "checkpoint.pt", weights_only=True) for out in (again, whole))
+    begun = torch.load(whole / "checkpoint.old.pt", weights_only=True)
+    assert ours["iteration"] == theirs["iteration"] == 3 and same(ours["policy"], theirs["policy"])
+    assert not same(begun["policy"], theirs["policy"])
+
+
+def test_an_optimizer_that_cannot_be_had_is_refused(monkeypatch, tmp_path, capsys):
+    for there, sharded, word in ((None, False, "pip install bitsandbytes"), ("spec", True, "FSDP")):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: there)
+        monkeypatch.setattr(train.shard, "wanted", lambda accelerator: sharded)
+        with pytest.raises(SystemExit) as exit:
+            train.main(flags(tmp_path / "run", optimizer="adamw8bit"))
+        assert exit.value.code == 2 and word in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_explained_variance_is_over_the_turns_with_a_target():

@@ -3,9 +3,9 @@
     Nothing happens. At desk 1: mug 2. Hold nothing. Seen mug 1 at bed 1. Named shelf 1 with mug 3, shelf 2. Unseen drawer 1, fridge 1.
 
 Nothing is there but what the engine has said to the player, and of that what concerns the task: no things but of the kinds that it
-names. `At` tells the place and what lies in it, or that it is closed; `Named` the places of a kind that the task names, and what lies
-there; `Seen` what lies elsewhere; `Lamp` where the task's lamp is; `Unseen` the places not yet looked into, in the order of their names, round
-from where one is. What is in hand has the marks of what was done to it: `Hold mug 2 clean`.
+names. `At` tells the place and what lies in it, or that it is closed; `Named` the places of a kind that the task names, and what
+lies there; `Seen` what lies elsewhere; `Lamp` where the task's lamp is; `Unseen` the places not yet looked into, in the order of
+their names, round from where one is. What is in hand has the marks of what was done to it: `Hold mug 2 clean`.
 """
 import re
 

@@ -75,8 +75,8 @@ class Config:
     lr: float = knob(6e-4, "actor learning rate (paper: 1e-6)")
     lr_end: float = knob(0.1, "what both learning rates fall to, linearly, as a share (paper: 1, constant)")
     critic_lr: float = knob(5e-4, "critic learning rate (paper: 1e-5)")
-    optimizer: str = knob("adamw", "adamw, or adamw8bit, whose moments take a quarter of the memory (pip install bitsandbytes; not with FSDP) "
-                          "(paper: adamw)")
+    optimizer: str = knob("adamw", "adamw, or adamw8bit, whose moments take a quarter of the memory (pip install bitsandbytes; not with "
+                          "FSDP; paper: adamw)")
     critic_warmup: int = knob(1, "first iterations that train the critic only (paper: 0)")
     epochs: int = knob(1, "passes over each iteration's turns (paper: 1)")
     minibatch: int = knob(256, "turns per optimizer step, over all processes (paper: 256)")

@@ -292,7 +292,8 @@ def main(argv=None):
             raise UserError(f"--episodes {config.episodes} in groups of {config.group_size} leave some of the "
                             f"{accelerator.num_processes} processes without one")
         if shard.wanted(accelerator) and config.optimizer != "adamw":
-            raise UserError(f"--optimizer {config.optimizer} knows no weights in shards: take adamw with FSDP, whose moments are in shards too")
+            raise UserError(f"--optimizer {config.optimizer} knows no weights in shards: with FSDP take adamw, whose moments are "
+                            "in shards too")
         out = Path(config.out)
         if accelerator.is_main_process:
             open_out(out, config)

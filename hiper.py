@@ -269,15 +269,15 @@ class ActorCritic(nn.Module):
         """
         logp = entropy = v_high = v_low = v_switch = None
         rows = torch.arange(len(ids), device=ids.device)
-        mark = lambda *where: torch.zeros_like(ids, dtype=torch.bool).index_put(where, torch.ones_like(rows[0], dtype=torch.bool))
         last, acts = prompt_lengths - 1, prompt_lengths + subgoal_end                       # [N] each, where the heads read
-        valued = mark(rows, torch.stack([last, acts]))                                      # [N, P + L]
+        valued = torch.zeros_like(ids, dtype=torch.bool)                                    # [N, P + L]
+        valued[rows, last] = valued[rows, acts] = True
         if "logp" in parts:
-            offset = torch.arange(int(lengths.max()), device=ids.device)                    # [L]
-            where = offset < lengths[:, None]                                               # [N, L]
-            at = (prompt_lengths[:, None] - 1 + offset)[where]                              # [M] one before each response token
-            n = rows[:, None].expand_as(where)[where]                                       # [M]
-            with reading(self.actor.base_model, valued | mark(n, at)):
+            where = torch.arange(int(lengths.max()), device=ids.device) < lengths[:, None]  # [N, L]
+            n, t = where.nonzero(as_tuple=True)                                             # [M] each: row and place of a response token
+            at, read = prompt_lengths[n] - 1 + t, valued.clone()                            # [M] one before it
+            read[n, at] = True
+            with reading(self.actor.base_model, read):
                 hidden = self.actor.base_model(input_ids=ids, use_cache=False).last_hidden_state        # [N, P + L, H]
             flat = token_logp(hidden[n, at], ids[n, at + 1], self.actor.get_output_embeddings(), self.temperature)
             logp, entropy = (hidden.new_zeros(where.shape, dtype=torch.float32).index_put((where,), x) for x in flat)

@@ -42,7 +42,7 @@ sys.path[0] = str(ROOT)                                                 # this f
 import torch
 import transformers
 from torch.nn.attention import SDPBackend
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import envs
 import hiper
@@ -166,17 +166,10 @@ def advantages(lab, rows):
     return {"holds": off <= 1e-5, "difference": off, "ms": 1e3 * kernel.best(here), "ms on the CPU": 1e3 * kernel.best(there)}
 
 
-def stock(actor, tokenizer, prompts, n, **more):
-    """HF's `generate` with its own loop."""
-    batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(actor.device)
-    return actor.generate(**batch, generation_config=GenerationConfig(max_new_tokens=n, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                                                                      pad_token_id=0, **more))
-
-
 @torch.no_grad()
 def sampled(actor, tokenizer, prompts, n):
     """-> (n ids after each prompt, their log-probs [N, n] as generation has them)"""
-    out = stock(actor, tokenizer, prompts, n, return_dict_in_generate=True, output_logits=True)
+    out = playing.stock(actor, tokenizer, prompts, n, return_dict_in_generate=True, output_logits=True)
     ids = out.sequences[:, -n:]
     return ids.tolist(), torch.cat([x.float().log_softmax(-1).gather(-1, ids[:, t, None]) for t, x in enumerate(out.logits)], 1).cpu()
 
@@ -202,7 +195,7 @@ def logprobs(lab, rows, tokens):
 def generation(lab, slots, half=False, **cache):
     (actor, context), prompts, response, s = lab.actor(half), lab.prompts(slots), lab.given.response, lab.sizes
     own = lambda n: rollout.generate(actor, lab.tokenizer, prompts, temperature=1.0, max_response=n)
-    run = (lambda n: stock(actor, lab.tokenizer, prompts, n, **cache)) if cache else own
+    run = (lambda n: playing.stock(actor, lab.tokenizer, prompts, n, **cache)) if cache else own
     with context:
         _, first, warm, took = (seconds(lambda: run(n), lab.device) for n in (1, 1, response, response))
     step, kept = (took - first) / (response - 1), sum(map(len, prompts)) + slots * response / 2                 # tokens, half way

@@ -45,15 +45,19 @@ sys.modules["mixed_household"] = MIXED
 
 # ---- the reference ----
 
-@torch.no_grad()
+def stock(actor, tokenizer, prompts, longest, **more):
+    """HF's `generate` with its own loop, left-padded prompts -> what it returns; more: further fields of its configuration."""
+    batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(actor.device)
+    config = GenerationConfig(max_new_tokens=longest, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                              pad_token_id=tokenizer.pad_token_id, **more)
+    return actor.generate(**batch, generation_config=config)
+
+
 def generate(actor, tokenizer, prompts, style, own):
-    """Left-padded prompts -> sampled responses, cut after `</action>`."""
+    """Prompts -> sampled responses, cut after `</action>`."""
     if own:
         return rollout.generate(actor, tokenizer, prompts, temperature=1.0, max_response=style.max_response)
-    batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(actor.device)
-    config = GenerationConfig(max_new_tokens=style.max_response, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                              eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    rows = actor.generate(**batch, generation_config=config)[:, batch["input_ids"].shape[1]:].tolist()
+    rows = stock(actor, tokenizer, prompts, style.max_response, eos_token_id=tokenizer.eos_token_id)[:, max(map(len, prompts)):].tolist()
     table, cut = hiper.token_bytes(tokenizer), []
     for row in rows:
         said, n = b"", 0

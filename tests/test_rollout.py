@@ -438,8 +438,8 @@ def test_rows_leave_any_model_s_batch_and_cache_without_a_trace(kind, tiny_token
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
         kind, vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, **{"sliding_window": 6} if kind in ("mistral", "gemma2", "phi3") else {}, num_experts=4, moe_intermediate_size=16, num_experts_per_tok=2, initializer_range=0.5, pad_token_id=1, bos_token_id=1,
-        eos_token_id=2)).eval()
+        head_dim=8, **{"sliding_window": 6} if kind in ("mistral", "gemma2", "phi3") else {}, num_experts=4, moe_intermediate_size=16,
+        num_experts_per_tok=2, initializer_range=0.5, pad_token_id=1, bos_token_id=1, eos_token_id=2)).eval()
     model.generation_config = GenerationConfig(pad_token_id=1)
     prompts = [[random.Random(n).randrange(3, 300) for _ in range(5 + 3 * n)] for n in range(6)]
     want = [model.generate(torch.tensor([p]), max_new_tokens=12, do_sample=False, eos_token_id=None)[0, len(p):].tolist() for p in prompts]
@@ -471,7 +471,8 @@ def test_the_checkpoint_s_own_generation_config_stays_out(tiny_actor, tiny_token
     greedy = generate(tiny_actor, tiny_tokenizer, PROMPTS, temperature=0, max_response=10)
     own = GenerationConfig(do_sample=True, top_k=50, top_p=0.5, temperature=0.1, repetition_penalty=1.3, min_new_tokens=7, min_p=0.3,
                            no_repeat_ngram_size=2, typical_p=0.5, suppress_tokens=[greedy[0][0]], bad_words_ids=[[greedy[1][0]]],
-                           num_beams=4, num_return_sequences=2, use_cache=False, epsilon_cutoff=1e-2, exponential_decay_length_penalty=(2, 1.5), bos_token_id=5, eos_token_id=9)
+                           num_beams=4, num_return_sequences=2, use_cache=False, epsilon_cutoff=1e-2,
+                           exponential_decay_length_penalty=(2, 1.5), bos_token_id=5, eos_token_id=9)
     tiny_actor.generation_config = own
     before = own.to_dict()
     assert generate(tiny_actor, tiny_tokenizer, PROMPTS, temperature=0, max_response=10) == greedy

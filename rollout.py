@@ -22,6 +22,7 @@ from transformers import GenerationConfig
 
 import hiper
 from hiper import Decision, Masks, Scores
+from last_layer import reading
 from shard import even
 
 
@@ -116,7 +117,7 @@ def generate(actor, tokenizer, prompts, *, temperature, max_response, tag=b"</ac
     config = GenerationConfig(max_new_tokens=max_response, pad_token_id=pad)
     own, actor.generation_config = actor.generation_config, config  # HF fills what `config` leaves open from the checkpoint's own
     try:
-        with hiper.reading(actor.base_model):
+        with reading(actor.base_model):
             return actor.generate(input_ids=ids, attention_mask=mask, generation_config=config, custom_generate=loop, synced_gpus=False)
     finally:
         actor.generation_config = own

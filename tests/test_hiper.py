@@ -19,6 +19,7 @@ import hiper
 import rollout
 import scratch
 from hiper import ActorCritic, Decision, decision_masks, parse, response, response_text, token_bytes
+from last_layer import reading
 
 torch.set_num_threads(1)
 KINDS = "switch", "subgoal", "action"
@@ -591,15 +592,15 @@ def test_reading_leaves_what_is_read_as_it_is(kind):
         return hidden.detach(), [torch.zeros(()) if p.grad is None else p.grad.clone() for p in model.parameters()]
 
     wrapped, before = [], {name: vars(module).get("forward") for name, module in model.named_modules()}
-    with hiper.reading(model, where):
+    with reading(model, where):
         wrapped = [name for name, module in model.named_modules() if vars(module).get("forward") is not before[name]]
         assert len(wrapped) == KINDS_OF_LM[kind] and all(f".{SMALL['num_hidden_layers'] - 1}." in name for name in wrapped)
     last = torch.zeros_like(where)
     last[:, -1] = True
     for which, argument in ((where, where), (last, None)):
-        (want, wanted), (got, had) = read(nullcontext(), which), read(hiper.reading(model, argument), which)
+        (want, wanted), (got, had) = read(nullcontext(), which), read(reading(model, argument), which)
         assert torch.allclose(got, want, atol=1e-5) and all(torch.allclose(a, b, atol=1e-4) for a, b in zip(had, wanted))
-    with pytest.raises(ZeroDivisionError), hiper.reading(model, where):
+    with pytest.raises(ZeroDivisionError), reading(model, where):
         1 / 0
     assert before == {name: vars(module).get("forward") for name, module in model.named_modules()}
 
@@ -620,7 +621,7 @@ def test_reading_computes_no_more_than_that(actor):
 
 def test_what_recomputes_its_activations_is_left_alone(actor):
     actor.gradient_checkpointing_enable()
-    with hiper.reading(actor.base_model):
+    with reading(actor.base_model):
         assert not any("forward" in vars(module) for module in actor.modules())
 
 
@@ -628,7 +629,7 @@ def test_a_forward_of_somebody_else_s_comes_back(actor):
     """Accelerate sets `forward` on modules that it moves between devices."""
     mlp = actor.base_model.layers[-1].mlp
     mlp.forward = theirs = lambda x: torch.zeros_like(x)
-    with hiper.reading(actor.base_model):
+    with reading(actor.base_model):
         assert mlp.forward is not theirs
     assert mlp.forward is theirs
 

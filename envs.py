@@ -32,7 +32,7 @@ import threading
 import time
 import warnings
 
-WORLDS = {"household": "household", "alfworld": "alfworld_env", "webshop": "webshop_env"}       # name -> module
+WORLDS = {name: f"worlds.{name}" for name in ("household", "alfworld", "webshop")}       # name -> module
 LIMIT = 120.0                                   # seconds that a worker process may take over one answer before it is killed
 
 

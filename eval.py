@@ -17,7 +17,7 @@ from transformers.utils import logging
 import envs
 import hiper
 from config import Config
-from report import summary, table, wilson
+from support.metrics import summary, table, wilson
 from rollout import Style, collect, generate
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from last_layer import reading
+from support.last_layer import reading
 
 # ---- prompt -----------------------------------------------------------------------------------------------------------
 

@@ -22,8 +22,8 @@ from transformers import GenerationConfig
 
 import hiper
 from hiper import Decision, Masks, Scores
-from last_layer import reading
-from shard import even
+from support.last_layer import reading
+from support.sharding import even
 
 
 @dataclass(frozen=True)

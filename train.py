@@ -25,17 +25,17 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-import checkpoint
+from support import checkpoint
 import envs
 import hiper
-import plan
-import scratch
-import shard
+from support import plan
+from support import cloning as scratch
+from support import sharding as shard
 from config import UserError, check, open_out, read_config
 from credit import assign, needs_keep
 from eval import evaluate, fail
 from hae import normalize
-from report import alarm, summary, table, tell
+from support.metrics import alarm, summary, table, tell
 from rollout import batch_of, collect, kept, micro_batches, score
 
 

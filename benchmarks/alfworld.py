@@ -22,7 +22,7 @@ from unittest import mock
 sys.path[0] = str(Path(__file__).resolve().parent.parent)              # the project; and this file bears the name of a package
 from tqdm import tqdm
 
-import alfworld_env
+from worlds import alfworld as alfworld_env
 
 STEPS = 50                                                             # per game
 

@@ -46,9 +46,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import envs
 import hiper
-import plan
+from support import plan
 import rollout
-import scratch
+from support import cloning as scratch
 import train
 from benchmarks import hae as kernel, rollout as playing, update as updating
 from benchmarks.update import seconds

@@ -23,7 +23,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-import scratch
+from support import cloning as scratch
 from hiper import KINDS, decision_masks, response, token_bytes
 
 N = 4000

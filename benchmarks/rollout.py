@@ -31,10 +31,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import envs
 import hiper
-import household
-import plan
+from worlds import household
+from support import plan
 import rollout
-import scratch
+from support import cloning as scratch
 from benchmarks.update import seconds
 from config import Config
 

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import plan
+from support import plan
 from config import read_config
 
 GPUS = (1, 2, 4, 8, 16, 32, 64)

@@ -32,7 +32,7 @@ from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM
 
 import hiper
-import plan
+from support import plan
 import rollout
 import train
 from config import Config

@@ -18,9 +18,9 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).parent.parent)                    # the project; and this file bears the name of a module there
 import numpy as np
 
-import webshop_env
-from webshop import WebShop
-from webshop_search import B, K1, stored_length
+from worlds import webshop as webshop_env
+from worlds.webshop_engine import WebShop
+from worlds.webshop_search import B, K1, stored_length
 
 
 class Scan:

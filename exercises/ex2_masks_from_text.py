@@ -6,7 +6,7 @@ subgoal's advantage on the switch, or the last tokens of the action untrained.
 import torch
 
 from hiper import BLOCK, KINDS, Masks
-from scratch import train_tokenizer
+from support.cloning import train_tokenizer
 
 
 def decision_masks(ids, lengths, tokenizer):

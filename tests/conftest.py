@@ -9,7 +9,7 @@ import torch
 
 import envs
 import hiper
-import scratch
+from support import cloning as scratch
 from rollout import Style
 
 torch.set_num_threads(1)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-import alfworld_env
-from alfworld_env import SPLITS, TASK_TYPES, AlfworldEnv, games, make, names, size, task_type
-from alfworld_expert import Demonstrator, disguise, parts, subgoal_of
-from alfworld_page import Page
+from worlds import alfworld as alfworld_env
+from worlds.alfworld import SPLITS, TASK_TYPES, AlfworldEnv, games, make, names, size, task_type
+from worlds.alfworld_expert import Demonstrator, disguise, parts, subgoal_of
+from worlds.alfworld_page import Page
 
 MISSING = ("ALFWORLD_DATA is not set" if not os.environ.get("ALFWORLD_DATA") else
            "textworld is not installed" if not importlib.util.find_spec("textworld") else

@@ -10,9 +10,9 @@ import credit
 import envs
 import eval as evaluation
 import hiper
-import household
-import report
-import scratch
+from worlds import household
+from support import metrics as report
+from support import cloning as scratch
 from config import Config
 from credit import assign, gigpo, grpo, relative, returns, rloo
 from hae import gae, hae, normalize, switch_gain

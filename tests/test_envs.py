@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import envs
-import household
+from worlds import household
 
 ROOT = Path(__file__).parent.parent
 

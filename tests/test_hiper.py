@@ -17,9 +17,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import hiper
 import rollout
-import scratch
+from support import cloning as scratch
 from hiper import ActorCritic, Decision, decision_masks, parse, response, response_text, token_bytes
-from last_layer import reading
+from support.last_layer import reading
 
 torch.set_num_threads(1)
 KINDS = "switch", "subgoal", "action"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-import household
-from household import SPLITS, TASK_TYPES, kind, make, size
+from worlds import household
+from worlds.household import SPLITS, TASK_TYPES, kind, make, size
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = {"train": range(0, 20_000, 33), "seen": range(300), "unseen": range(300)}        # 607 + 300 + 300 tasks
@@ -157,7 +157,7 @@ def test_the_same_rooms_for_ever():
 
 TRANSCRIPTS = """
 import random
-from household import SPLITS, make
+from worlds.household import SPLITS, make
 for split in SPLITS:
     for index in range(12):
         env, rng = make(split, index), random.Random(index)

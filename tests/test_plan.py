@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, T5Config
 
 import hiper
-import plan
+from support import plan
 import train
 from config import Config
 
@@ -68,7 +68,7 @@ def test_built_in_shapes_have_the_published_number_of_parameters(name, published
 
 
 def test_the_tiny_shape_is_the_trainer_s(tiny_tokenizer):
-    import scratch
+    from support import cloning as scratch
     ours, theirs = plan.built_in("tiny"), scratch.tiny_model(tiny_tokenizer).config
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "tie_word_embeddings"):
         assert getattr(ours, name) == getattr(theirs, name), name

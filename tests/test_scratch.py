@@ -6,8 +6,8 @@ import torch
 
 import envs
 import hiper
-import household
-import scratch
+from worlds import household
+from support import cloning as scratch
 from rollout import Style, encode
 
 STYLE = Style(history=0, brief=True, show_admissible=False)

@@ -24,13 +24,13 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import checkpoint
+from support import checkpoint
 import envs
 import eval as evaluation
 import hae
 import hiper
 import rollout
-import shard
+from support import sharding as shard
 import train
 from config import Config, read_config
 from credit import DECISIONS, assign
@@ -432,7 +432,7 @@ import copy, pickle, sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 torch.set_num_threads(1)
-import shard
+from support import sharding as shard
 from accelerate import Accelerator
 from test_train import iterated
 policy, tokenizer, episodes, ways = pickle.load(open({given!r}, "rb"))

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 
 import envs
-import webshop
-import webshop_env
-import webshop_search
+from worlds import webshop_engine as webshop
+from worlds import webshop as webshop_env
+from worlds import webshop_search
 from test_envs import check_world
-from webshop import Catalogue, WebShop
-from webshop_search import Index, stored_length
+from worlds.webshop_engine import Catalogue, WebShop
+from worlds.webshop_search import Index, stored_length
 
 DATA = os.environ.get("WEBSHOP_DATA", "")
 needs_rapidfuzz = pytest.mark.skipif(not importlib.util.find_spec("rapidfuzz"), reason="rapidfuzz is not installed")

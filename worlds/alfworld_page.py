@@ -9,7 +9,7 @@ their names, round from where one is. What is in hand has the marks of what was 
 """
 import re
 
-from alfworld_expert import APPLIANCES, kind
+from worlds.alfworld_expert import APPLIANCES, kind
 
 NOTHING = "Nothing happens."
 LAMPS = ("desklamp", "floorlamp")                           # which nobody takes

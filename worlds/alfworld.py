@@ -38,8 +38,8 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from alfworld_expert import Demonstrator, disguise, natural, parts  # noqa: F401, disguise: for cloning
-from alfworld_page import NOTHING, Page
+from worlds.alfworld_expert import Demonstrator, disguise, natural, parts  # noqa: F401, disguise: for cloning
+from worlds.alfworld_page import NOTHING, Page
 
 IN_PROCESS = False  # The engine crashes in threads. Several envs of one process, stepped in turn, get along.
 SPLITS = ("train", "valid_seen", "valid_unseen")

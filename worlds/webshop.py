@@ -23,7 +23,7 @@ import random
 import re
 import sys
 
-from webshop import SUBPAGES, Catalogue, WebShop
+from worlds.webshop_engine import SUBPAGES, Catalogue, WebShop
 
 SPLITS = ("train", "test")
 IN_PROCESS = True                                                   # pure Python: envs.Runner may keep many in one process

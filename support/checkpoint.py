@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-import shard
+from support import sharding as shard
 from config import UserError
-from report import picture
+from support.metrics import picture
 
 
 def save(out, policy, tokenizer, optimizer, iteration, log, best=False, main=True):

@@ -15,6 +15,7 @@ variance over the batch as PPO's are, which Adam hardly notices and the KL weigh
 
 B episodes, T turns, N turns in all, L response tokens.
 """
+
 from typing import Callable, NamedTuple, Optional
 
 import torch
@@ -29,19 +30,20 @@ DECISIONS = ("switch", "subgoal", "action")
 
 
 class Credit(NamedTuple):
-    adv: Tensor                 # [N, L] each token's advantage
-    trained: Tensor             # bool [N, L] the tokens that have one
-    targets: dict               # head ("high", "low", "switch") -> (target [N], bool [N] where it has one)
-    shown: dict                 # name -> [B, T], before normalisation: for people to read
+    adv: Tensor  # [N, L] each token's advantage
+    trained: Tensor  # bool [N, L] the tokens that have one
+    targets: dict  # head ("high", "low", "switch") -> (target [N], bool [N] where it has one)
+    shown: dict  # name -> [B, T], before normalisation: for people to read
 
 
 # ---- the group methods' estimators --------------------------------------------------------------------------------------
 
+
 def relative(x: Tensor, key: Tensor, scale: bool = True) -> Tensor:
     """x [M] less the mean of the entries with the same key (int [M]), over their standard deviation where `scale`."""
-    k = key.unique(return_inverse=True)[1]                              # [M] 0 .. K - 1
-    sums = lambda y: torch.zeros(int(k.max()) + 1, dtype=torch.float64).index_add(0, k, y)[k]      # [M]
-    x64 = x.double()                                                    # equal entries must come out as 0, not as rounding
+    k = key.unique(return_inverse=True)[1]  # [M] 0 .. K - 1
+    sums = lambda y: torch.zeros(int(k.max()) + 1, dtype=torch.float64).index_add(0, k, y)[k]  # [M]
+    x64 = x.double()  # equal entries must come out as 0, not as rounding
     n = sums(torch.ones_like(x64))
     centred = x64 - sums(x64) / n
     std = (sums(centred.square()) / (n - 1).clamp(min=1)).sqrt()
@@ -55,7 +57,7 @@ def returns(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
 
 def rloo(episode_return: Tensor, group: Tensor) -> Tensor:
     """R_i - mean_{j != i} R_j within a group; both [B].                                         (RLOO, section 2)"""
-    n = (group[:, None] == group).sum(1)                                # [B]
+    n = (group[:, None] == group).sum(1)  # [B]
     return relative(episode_return, group, scale=False) * n / (n - 1).clamp(min=1)
 
 
@@ -64,30 +66,50 @@ def grpo(episode_return: Tensor, group: Tensor) -> Tensor:
     return relative(episode_return, group)
 
 
-def gigpo(episode_return: Tensor, rewards: Tensor, mask: Tensor, group: Tensor, state: Tensor, *, gamma: float = 0.95,
-          weight: float = 1.0, scale: bool = True) -> Tensor:
+def gigpo(
+    episode_return: Tensor,
+    rewards: Tensor,
+    mask: Tensor,
+    group: Tensor,
+    state: Tensor,
+    *,
+    gamma: float = 0.95,
+    weight: float = 1.0,
+    scale: bool = True,
+) -> Tensor:
     """A_episode + weight A_step; [B, T].                                                        (GiGPO, section 4)
 
     state: int [B, T], equal numbers for equal observations. A_step compares the discounted return from a turn on with those
     from the other turns of the group that met the same state. scale: over the standard deviation, in both (GiGPO with
     std), or not (without).
     """
-    episode = relative(episode_return, group, scale)                    # [B] A_E
-    pair = (group[:, None] * (int(state.max()) + 1) + state)[mask]      # [N] anchor states, within the group
-    ahead = returns(rewards, mask, gamma)[mask]                         # [N] R_t
-    step = torch.zeros_like(rewards).masked_scatter(mask, relative(ahead, pair, scale))     # [B, T] A_S
+    episode = relative(episode_return, group, scale)  # [B] A_E
+    pair = (group[:, None] * (int(state.max()) + 1) + state)[
+        mask
+    ]  # [N] anchor states, within the group
+    ahead = returns(rewards, mask, gamma)[mask]  # [N] R_t
+    step = torch.zeros_like(rewards).masked_scatter(
+        mask, relative(ahead, pair, scale)
+    )  # [B, T] A_S
     return (episode[:, None] + weight * step) * mask
 
 
 # ---- from a batch to tokens ---------------------------------------------------------------------------------------------
 
-def assign(batch, old, config, whiten: Callable, ends=None, v_keep: Optional[Tensor] = None) -> Credit:
+
+def assign(
+    batch, old, config, whiten: Callable, ends=None, v_keep: Optional[Tensor] = None
+) -> Credit:
     """The credit of one iteration by `config.method`.
 
     old, ends: Scores of batch.samples and batch.ends (values only where the method has a critic). whiten(adv, where, scale):
     `normalize` over all processes. v_keep [N]: V_low(s_t, o_{t-1}), where `needs_keep(config)`.
     """
-    return hierarchical(batch, old, ends, config, whiten, v_keep) if config.method == "hiper" else flat(batch, old, ends, config, whiten)
+    return (
+        hierarchical(batch, old, ends, config, whiten, v_keep)
+        if config.method == "hiper"
+        else flat(batch, old, ends, config, whiten)
+    )
 
 
 def needs_keep(config) -> bool:
@@ -98,32 +120,56 @@ def needs_keep(config) -> bool:
 def hierarchical(batch, old, ends, config, whiten, v_keep=None) -> Credit:
     """HiPER: three advantages, each on its own tokens."""
     opened, decides = batch.switch & batch.mask, batch.mask.clone()
-    decides[:, 0] = False                                               # at turn 0 there is no switch to decide on,
-    decides &= config.segments == "learned"                             # nor where segments are imposed
-    high, low, third = (batch.grid(v) for v in (old.v_high, old.v_low, old.v_switch))           # [B, T]
+    decides[:, 0] = False  # at turn 0 there is no switch to decide on,
+    decides &= config.segments == "learned"  # nor where segments are imposed
+    high, low, third = (batch.grid(v) for v in (old.v_high, old.v_low, old.v_switch))  # [B, T]
     if v_keep is not None:
-        said = (old.logp * batch.samples.masks.switch).sum(1).exp()     # [N] probability of the word that was written
-        keep, beta = batch.grid(v_keep), batch.grid(torch.where(batch.flat(batch.switch), said, 1 - said))
+        said = (
+            (old.logp * batch.samples.masks.switch).sum(1).exp()
+        )  # [N] probability of the word that was written
+        keep, beta = (
+            batch.grid(v_keep),
+            batch.grid(torch.where(batch.flat(batch.switch), said, 1 - said)),
+        )
         if config.heads == 2:
-            third = beta * high + (1 - beta) * keep                     # V_switch by its definition, without a head
+            third = beta * high + (1 - beta) * keep  # V_switch by its definition, without a head
     truncated = batch.truncated & config.bootstrap
-    inputs = dict(rewards=batch.rewards, switch=batch.switch, mask=batch.mask, v_high=high, v_low=low, v_switch=third * batch.mask,
-                  gamma=config.gamma, end_high=ends.v_high * truncated, end_low=ends.v_low * truncated)
+    inputs = dict(
+        rewards=batch.rewards,
+        switch=batch.switch,
+        mask=batch.mask,
+        v_high=high,
+        v_low=low,
+        v_switch=third * batch.mask,
+        gamma=config.gamma,
+        end_high=ends.v_high * truncated,
+        end_low=ends.v_low * truncated,
+    )
     raw = hae(**inputs, lam_low=config.lam_low, lam_high=config.lam_high)
-    target = hae(**inputs, lam_low=0.0, lam_high=0.0) if config.targets == "td0" else raw       # the paper's, the release's
+    target = (
+        hae(**inputs, lam_low=0.0, lam_high=0.0) if config.targets == "td0" else raw
+    )  # the paper's, the release's
     if config.switch_advantage == "gain":
         raw = raw._replace(adv_switch=switch_gain(batch.switch, beta, high, keep) * decides)
     learns = [name in config.decisions.split(",") for name in DECISIONS]
     masks = Masks(*(m & on for m, on in zip(batch.samples.masks, learns)))
     wheres = [where & on for where, on in zip((decides, opened, batch.mask), learns)]
     scaled = scale((raw.adv_switch, raw.adv_subgoal, raw.adv_action), wheres, whiten, config.whiten)
-    adv, trained = token_advantages(masks, batch.flat(opened), *map(batch.flat, scaled))        # [N, L]
+    adv, trained = token_advantages(masks, batch.flat(opened), *map(batch.flat, scaled))  # [N, L]
     trained &= ~masks.switch | batch.flat(decides)[:, None]
-    everywhere = batch.flat(batch.mask)                                 # [N] all True
-    targets = {"high": (batch.flat(target.ret_high), batch.flat(opened)), "low": (batch.flat(target.ret_low), everywhere)}
+    everywhere = batch.flat(batch.mask)  # [N] all True
+    targets = {
+        "high": (batch.flat(target.ret_high), batch.flat(opened)),
+        "low": (batch.flat(target.ret_low), everywhere),
+    }
     if config.heads == 3:
         targets["switch"] = batch.flat(target.ret_switch), everywhere
-    return Credit(adv, trained, targets, {"A_subgoal": raw.adv_subgoal, "A_action": raw.adv_action, "A_switch": raw.adv_switch})
+    return Credit(
+        adv,
+        trained,
+        targets,
+        {"A_subgoal": raw.adv_subgoal, "A_action": raw.adv_action, "A_switch": raw.adv_switch},
+    )
 
 
 def scale(advantages, wheres, whiten, how):
@@ -142,16 +188,34 @@ def flat(batch, old, ends, config, whiten) -> Credit:
     """The baselines: one advantage per turn, on all tokens of its response."""
     targets = {}
     if config.method == "ppo":
-        raw, ret = gae(batch.rewards, batch.mask, batch.grid(old.v_high), gamma=config.gamma, lam=config.lam,
-                       end_value=ends.v_high * (batch.truncated & config.bootstrap))
+        raw, ret = gae(
+            batch.rewards,
+            batch.mask,
+            batch.grid(old.v_high),
+            gamma=config.gamma,
+            lam=config.lam,
+            end_value=ends.v_high * (batch.truncated & config.bootstrap),
+        )
         targets["high"] = batch.flat(ret), batch.flat(batch.mask)
     else:
         total = returns(batch.rewards, batch.mask, config.gamma)[:, 0]  # [B]
         if config.method == "gigpo":
-            raw = gigpo(total, batch.rewards, batch.mask, batch.group, batch.state, gamma=config.gigpo_gamma,
-                        weight=config.gigpo_weight, scale=config.gigpo_scale)
+            raw = gigpo(
+                total,
+                batch.rewards,
+                batch.mask,
+                batch.group,
+                batch.state,
+                gamma=config.gigpo_gamma,
+                weight=config.gigpo_weight,
+                scale=config.gigpo_scale,
+            )
         else:
-            raw = {"rloo": rloo, "grpo": grpo}[config.method](total, batch.group)[:, None] * batch.mask
+            raw = {"rloo": rloo, "grpo": grpo}[config.method](total, batch.group)[
+                :, None
+            ] * batch.mask
     adv = whiten(raw, batch.mask) if config.method in ("ppo", "rloo") else raw
-    spoken = torch.arange(batch.samples.masks.action.shape[1]) < batch.samples.lengths[:, None]    # [N, L]
+    spoken = (
+        torch.arange(batch.samples.masks.action.shape[1]) < batch.samples.lengths[:, None]
+    )  # [N, L]
     return Credit(batch.flat(adv)[:, None] * spoken, spoken, targets, {"A": raw})

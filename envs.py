@@ -22,6 +22,7 @@ raises RuntimeError until reset is called. A module's `disguise(episodes, rng)` 
 
 `--env NAME` takes a name of `WORLDS` or of any importable module that has these, so a world of one's own is one file.
 """
+
 import contextlib
 import importlib
 import os
@@ -32,21 +33,23 @@ import threading
 import time
 import warnings
 
-WORLDS = {name: f"worlds.{name}" for name in ("household", "alfworld", "webshop")}       # name -> module
-LIMIT = 120.0                                   # seconds that a worker process may take over one answer before it is killed
+WORLDS = {name: f"worlds.{name}" for name in ("household", "alfworld", "webshop")}  # name -> module
+LIMIT = 120.0  # seconds that a worker process may take over one answer before it is killed
 
 
 def world(name):
     """The module of world `name`; ValueError, saying what there is, for a name that is neither known nor importable."""
     path, module = WORLDS.get(name, name), None
     try:
-        if all(path.split(".")):                                        # not "./world.py", which importlib takes amiss
+        if all(path.split(".")):  # not "./world.py", which importlib takes amiss
             module = importlib.import_module(path)
     except ModuleNotFoundError as error:
         if not f"{path}.".startswith(f"{error.name}."):
-            raise                                                       # the world is there, something it needs is not
+            raise  # the world is there, something it needs is not
     if not all(hasattr(module, needed) for needed in ("make", "size", "SPLITS")):
-        raise ValueError(f"no world {name!r}: choose {', '.join(WORLDS)}, or name a module with SPLITS, size and make")
+        raise ValueError(
+            f"no world {name!r}: choose {', '.join(WORLDS)}, or name a module with SPLITS, size and make"
+        )
     return module
 
 
@@ -73,8 +76,12 @@ class Runner:
     def __init__(self, name, split="train", workers=0, **options):
         self.name, self.split, self.options, self.envs = name, split, options, {}
         in_process = getattr(world(name), "IN_PROCESS", True)
-        self.workers = [] if in_process else [_Worker(name, split, options) for _ in range(workers or os.cpu_count() or 1)]
-        self.homes = {}                                                 # slot -> the worker, alive or not, that holds its env
+        self.workers = (
+            []
+            if in_process
+            else [_Worker(name, split, options) for _ in range(workers or os.cpu_count() or 1)]
+        )
+        self.homes = {}  # slot -> the worker, alive or not, that holds its env
 
     def reset(self, tasks):
         """tasks: {slot: task index} -> {slot: (observation, info)}; RuntimeError for a task at which two processes were lost"""
@@ -118,7 +125,9 @@ class Runner:
     def _each(self, method, arguments):
         """{slot: answer} without the lost slots, in the order of `arguments`, which must not depend on the number of workers."""
         if not self.workers:
-            return {slot: getattr(self, method)(slot, argument) for slot, argument in arguments.items()}
+            return {
+                slot: getattr(self, method)(slot, argument) for slot, argument in arguments.items()
+            }
         shares = {worker: {} for worker in self.workers}
         for slot, argument in arguments.items():
             worker = self.workers[slot % len(self.workers)]
@@ -126,14 +135,16 @@ class Runner:
                 self.homes[slot] = worker
             if self.homes.setdefault(slot, worker) is worker:
                 shares[worker][slot] = argument
-        for worker, share in shares.items():                            # all start before the first is waited for
+        for worker, share in shares.items():  # all start before the first is waited for
             worker.send(method, share)
         answers = {}
-        for worker, share in shares.items():                            # all are read before one is raised: none stays behind
+        for worker, share in shares.items():  # all are read before one is raised: none stays behind
             answers.update(worker.receive(share))
         for place, worker in enumerate(self.workers):
             if worker.why:
-                warnings.warn(f"an environment process of {self.name} {worker.why}; its episodes are lost, another process takes over")
+                warnings.warn(
+                    f"an environment process of {self.name} {worker.why}; its episodes are lost, another process takes over"
+                )
                 self.workers[place] = _Worker(self.name, self.split, self.options)
         for answer in answers.values():
             if isinstance(answer, Exception):
@@ -144,7 +155,15 @@ class Runner:
         """The outcome of a step that no process answers: a truncated episode of which nothing is known. Its info has `lost`, what
         became of the process, and `culprit`: whether that happened over this slot, not over another one of the same process."""
         worker = self.homes[slot]
-        info = {"task": "", "task_type": "", "admissible": [], "won": False, "score": 0.0, "progress": 0.0, "page": ""}
+        info = {
+            "task": "",
+            "task_type": "",
+            "admissible": [],
+            "won": False,
+            "score": 0.0,
+            "progress": 0.0,
+            "page": "",
+        }
         return "", 0.0, False, True, {**info, "lost": worker.why, "culprit": worker.culprit == slot}
 
     def _reset(self, slot, index):
@@ -166,9 +185,13 @@ class _Worker:
     def __init__(self, *runner):
         path = os.pathsep.join(p or os.getcwd() for p in sys.path)
         command = [sys.executable, "-c", "import envs; envs._serve()"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        env={**os.environ, "PYTHONPATH": path})
-        self.why = self.culprit = None                                  # once it is lost: what happened, over which slot
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        self.why = self.culprit = None  # once it is lost: what happened, over which slot
         self._write(runner)
 
     def send(self, method, share):
@@ -188,19 +211,23 @@ class _Worker:
                 late = time.monotonic() - start >= LIMIT
                 self.close()
                 self.culprit = slot
-                self.why = f"did not answer within {LIMIT:g} s" if late else f"died (exit {self.process.returncode})"
+                self.why = (
+                    f"did not answer within {LIMIT:g} s"
+                    if late
+                    else f"died (exit {self.process.returncode})"
+                )
                 break
         return answers
 
     def close(self):
         with contextlib.suppress(OSError):
-            self.process.stdin.close()                                  # `_serve` ends at that
+            self.process.stdin.close()  # `_serve` ends at that
         self.process.stdout.close()
         with self._limit():
             self.process.wait()
 
     def _write(self, message):
-        with contextlib.suppress(OSError), self._limit():               # it died: `receive` will notice
+        with contextlib.suppress(OSError), self._limit():  # it died: `receive` will notice
             pickle.dump(message, self.process.stdin)
             self.process.stdin.flush()
 
@@ -223,7 +250,13 @@ def _serve():
     os.dup2(2, 1)
     name, split, options = pickle.load(requests)
     runner = Runner.__new__(Runner)
-    runner.name, runner.split, runner.options, runner.envs, runner.workers = name, split, options, {}, []
+    runner.name, runner.split, runner.options, runner.envs, runner.workers = (
+        name,
+        split,
+        options,
+        {},
+        [],
+    )
     while True:
         try:
             method, arguments = pickle.load(requests)
@@ -232,7 +265,7 @@ def _serve():
         for slot, argument in arguments.items():
             try:
                 answer = pickle.dumps(getattr(runner, method)(slot, argument))
-            except Exception as error:                                  # goes back to the caller, in his process
+            except Exception as error:  # goes back to the caller, in his process
                 answer = _pickled(error)
             answers.write(answer)
             answers.flush()

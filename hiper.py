@@ -18,6 +18,7 @@ decision trains (KEEP's subgoal, text outside the blocks) may be held with a wei
 From the released code: (2) masks come from the sampled ids, not from text tokenised again; (3) one token-weighted mean over
 all ranks and micro-batches, not a mean of means; (4) on KEEP the carried subgoal stays, whatever the block repeats.
 """
+
 import re
 import weakref
 from copy import deepcopy
@@ -52,8 +53,10 @@ Think first, then act. Answer with these two blocks and nothing else:
 <think>your reasoning</think>
 <action>exactly one of the admissible actions</action>"""
 
-BRIEF_FLAT = "Task: {task}.\n{history}{observation}\n{actions}"                  # for a model that was cloned, not instructed
-BRIEF = BRIEF_FLAT.replace("{actions}", "Subgoal: {subgoal}.\n{actions}")       # what is admissible is read in the subgoal's light
+BRIEF_FLAT = "Task: {task}.\n{history}{observation}\n{actions}"  # for a model that was cloned, not instructed
+BRIEF = BRIEF_FLAT.replace(
+    "{actions}", "Subgoal: {subgoal}.\n{actions}"
+)  # what is admissible is read in the subgoal's light
 
 
 def plan_execute_prompt(task, observation, subgoal="", history=(), admissible=(), brief=False):
@@ -68,8 +71,14 @@ def flat_prompt(task, observation, history=(), admissible=(), brief=False):
 
 def _fill(template, task, observation, subgoal, history, admissible):
     past = "".join(f"Earlier: {seen}\nYou did: {did}\n" for seen, did in history)
-    actions = "Admissible actions: " + ", ".join(f"'{a}'" for a in admissible) + "\n" if admissible else ""
-    return template.format(task=task, observation=observation, subgoal=subgoal or "None", history=past, actions=actions)
+    actions = (
+        "Admissible actions: " + ", ".join(f"'{a}'" for a in admissible) + "\n"
+        if admissible
+        else ""
+    )
+    return template.format(
+        task=task, observation=observation, subgoal=subgoal or "None", history=past, actions=actions
+    )
 
 
 def response(switch, subgoal, action):
@@ -92,17 +101,23 @@ def keep_block(subgoal, word="KEEP"):
 KINDS = ("switch", "subgoal", "action")
 # Well-formed: the tags of one kind with none of the three kinds' tags between them. Bytes, so that `parse` and
 # `decision_masks` cannot disagree.
-BLOCK = {kind: re.compile(rb"<%s>([^<]*(?:<(?!/?(?:switch|subgoal|action)>)[^<]*)*)</%s>" % (kind.encode(), kind.encode()))
-         for kind in KINDS}
+BLOCK = {
+    kind: re.compile(
+        rb"<%s>([^<]*(?:<(?!/?(?:switch|subgoal|action)>)[^<]*)*)</%s>"
+        % (kind.encode(), kind.encode())
+    )
+    for kind in KINDS
+}
 
 
 class Decision(NamedTuple):
     """One parsed turn. Unreadable parts: switch False, subgoal and action ""."""
-    switch: bool        # q: SWITCH (True) or KEEP
-    subgoal: str        # o
-    action: str         # a
+
+    switch: bool  # q: SWITCH (True) or KEEP
+    subgoal: str  # o
+    action: str  # a
     valid: bool
-    error: str          # "" when valid, else what was wrong, in a few words
+    error: str  # "" when valid, else what was wrong, in a few words
 
 
 def parse(text):
@@ -113,19 +128,29 @@ def parse(text):
     """
     raw = text.encode("utf-8", "replace")
     blocks = {kind: BLOCK[kind].search(raw) for kind in KINDS}
-    body = {kind: b[1].decode("utf-8", "replace").strip() if b else "" for kind, b in blocks.items()}
+    body = {
+        kind: b[1].decode("utf-8", "replace").strip() if b else "" for kind, b in blocks.items()
+    }
     error = ""
     for kind in KINDS:
         tags = raw.count(b"<%s>" % kind.encode()), raw.count(b"</%s>" % kind.encode())
         if blocks[kind] is None:
-            error = error or (f"no <{kind}> block" if tags == (0, 0) else f"<{kind}> block not well-formed")
+            error = error or (
+                f"no <{kind}> block" if tags == (0, 0) else f"<{kind}> block not well-formed"
+            )
         elif not body[kind]:
             error = error or f"empty <{kind}> block"
         elif tags != (1, 1):
             error = error or f"more than one <{kind}> tag"
     if not error and body["switch"] not in ("KEEP", "SWITCH"):
         error = f"<switch> holds {body['switch'][:20]!r}, not KEEP or SWITCH"
-    if not error and not blocks["switch"].end() <= blocks["subgoal"].start() < blocks["subgoal"].end() <= blocks["action"].start():
+    if (
+        not error
+        and not blocks["switch"].end()
+        <= blocks["subgoal"].start()
+        < blocks["subgoal"].end()
+        <= blocks["action"].start()
+    ):
         error = "blocks out of order"
     return Decision(body["switch"] == "SWITCH", body["subgoal"], body["action"], not error, error)
 
@@ -137,15 +162,29 @@ def parse_flat(text):
     body = action[1].decode("utf-8", "replace").strip() if action else ""
     tags = [b"<think>", b"</think>", b"<action>", b"</action>"]
     places = [raw.find(tag) for tag in tags]
-    once = [raw.count(tag) for tag in tags] == [1] * 4 and places == sorted(places) and raw[places[0] + 7:places[1]].strip()
-    error = "no <action> block" if not action else "empty <action> block" if not body else "" if once else "<think> block not well-formed"
+    once = (
+        [raw.count(tag) for tag in tags] == [1] * 4
+        and places == sorted(places)
+        and raw[places[0] + 7 : places[1]].strip()
+    )
+    error = (
+        "no <action> block"
+        if not action
+        else "empty <action> block"
+        if not body
+        else ""
+        if once
+        else "<think> block not well-formed"
+    )
     return Decision(False, "", body, not error, error)
 
 
 # ---- decision masks ---------------------------------------------------------------------------------------------------
 
+
 class Masks(NamedTuple):
     """Which response tokens belong to which decision; a token belongs to one at the most. Each bool [N, L]."""
+
     switch: torch.Tensor
     subgoal: torch.Tensor
     action: torch.Tensor
@@ -158,8 +197,8 @@ class Table(list):
         return super().__getitem__(i) if i < len(self) else b""
 
 
-_tables = weakref.WeakKeyDictionary()                               # tokenizer -> its length, its id -> bytes table
-_plain = weakref.WeakKeyDictionary()                                # tokenizer -> that table, a list, its entries' lengths
+_tables = weakref.WeakKeyDictionary()  # tokenizer -> its length, its id -> bytes table
+_plain = weakref.WeakKeyDictionary()  # tokenizer -> that table, a list, its entries' lengths
 
 
 def token_bytes(tokenizer):
@@ -167,23 +206,29 @@ def token_bytes(tokenizer):
     size, table = _tables.get(tokenizer, (None, None))
     if size == len(tokenizer):
         return table
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]   # byte-level BPE writes these bytes as themselves,
-    others = [b for b in range(256) if b not in printable]              # the others as the characters from 256 on
+    printable = [
+        *range(33, 127),
+        *range(161, 173),
+        *range(174, 256),
+    ]  # byte-level BPE writes these bytes as themselves,
+    others = [
+        b for b in range(256) if b not in printable
+    ]  # the others as the characters from 256 on
     byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
     decoder = str(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None))
     added = {i: t.content for i, t in tokenizer.added_tokens_decoder.items()}
     vocab = tokenizer.get_vocab()
-    table = Table([b""] * (max(vocab.values()) + 1))                # a gap in the ids stands for nothing
+    table = Table([b""] * (max(vocab.values()) + 1))  # a gap in the ids stands for nothing
     for token, i in vocab.items():
-        if i in added:                                              # a special token: its own text
+        if i in added:  # a special token: its own text
             table[i] = added[i].encode()
-        elif "ByteLevel" in decoder:                                # GPT-2, Qwen, Llama 3
+        elif "ByteLevel" in decoder:  # GPT-2, Qwen, Llama 3
             table[i] = bytes(byte_of[c] for c in token)
-        elif decoder == "None":                                     # word level: decode joins with spaces
+        elif decoder == "None":  # word level: decode joins with spaces
             table[i] = f" {token}".encode()
-        elif re.fullmatch(r"<0x[0-9A-F]{2}>", token):               # sentencepiece's byte fallback
+        elif re.fullmatch(r"<0x[0-9A-F]{2}>", token):  # sentencepiece's byte fallback
             table[i] = bytes([int(token[3:5], 16)])
-        else:                                                       # sentencepiece writes a space as U+2581
+        else:  # sentencepiece writes a space as U+2581
             table[i] = token.replace("\u2581", " ").encode()
     _tables[tokenizer] = len(tokenizer), table
     return table
@@ -203,24 +248,36 @@ def decision_masks(ids, lengths, tokenizer):
     whole response counts as action, so that what went wrong is what is trained.
     """
     ids, lengths = torch.as_tensor(ids), torch.as_tensor(lengths)
-    if ids.ndim != 2 or lengths.shape != ids.shape[:1] or (lengths.numel() and int(lengths.max()) > ids.shape[1]):
-        raise ValueError(f"ids must be [N, L] and lengths [N], at most L: got {tuple(ids.shape)} and {tuple(lengths.shape)}")
+    if (
+        ids.ndim != 2
+        or lengths.shape != ids.shape[:1]
+        or (lengths.numel() and int(lengths.max()) > ids.shape[1])
+    ):
+        raise ValueError(
+            f"ids must be [N, L] and lengths [N], at most L: got {tuple(ids.shape)} and {tuple(lengths.shape)}"
+        )
     table, size = _sizes(tokenizer)
-    known = ids.clamp(max=len(table) - 1)                           # the last entry, b"", for all ids beyond the tokenizer
+    known = ids.clamp(max=len(table) - 1)  # the last entry, b"", for all ids beyond the tokenizer
     piece, (switch, subgoal, action) = table.__getitem__, (BLOCK[kind].search for kind in KINDS)
-    spans = []                                                      # N x 3 x 2: each decision's first byte, one past its last
+    spans = []  # N x 3 x 2: each decision's first byte, one past its last
     for row, length in zip(known.tolist(), lengths.tolist()):
         text = b"".join(map(piece, row[:length]))
         acts = action(text)
-        if acts is None or not acts[1].decode("utf-8", "replace").strip():                # as `parse` reads it
+        if acts is None or not acts[1].decode("utf-8", "replace").strip():  # as `parse` reads it
             spans += 0, 0, 0, 0, 0, len(text) + 1
         else:
             for block in (switch(text), subgoal(text), acts):
                 spans += block.span() if block else (0, 0)
-    first, past = torch.tensor(spans, device=ids.device).view(len(ids), 3, 1, 2).unbind(-1)        # [N, 3, 1] each
-    size = size.to(ids.device)[known]                               # [N, L] bytes of each token
-    starts = (size.cumsum(1) - size)[:, None]                       # [N, 1, L] byte offset of each token's first character
-    inside = torch.arange(ids.shape[1], device=ids.device) < lengths.to(ids.device)[:, None]       # [N, L]
+    first, past = (
+        torch.tensor(spans, device=ids.device).view(len(ids), 3, 1, 2).unbind(-1)
+    )  # [N, 3, 1] each
+    size = size.to(ids.device)[known]  # [N, L] bytes of each token
+    starts = (size.cumsum(1) - size)[
+        :, None
+    ]  # [N, 1, L] byte offset of each token's first character
+    inside = (
+        torch.arange(ids.shape[1], device=ids.device) < lengths.to(ids.device)[:, None]
+    )  # [N, L]
     return Masks(*((first <= starts) & (starts < past) & inside[:, None]).unbind(1))
 
 
@@ -234,13 +291,15 @@ def _sizes(tokenizer):
 
 # ---- actor-critic -----------------------------------------------------------------------------------------------------
 
+
 class Scores(NamedTuple):
     """What one forward says of N turns."""
-    logp: torch.Tensor          # [N, L] log pi of each response token, 0 on padding
-    entropy: torch.Tensor       # [N, L] without gradient
-    v_high: torch.Tensor        # [N] V_high(s)           read at the last prompt token
-    v_low: torch.Tensor         # [N] V_low(s, o)         read at the last token of </subgoal>
-    v_switch: torch.Tensor      # [N] V_switch(s, o_prev) read at the last prompt token
+
+    logp: torch.Tensor  # [N, L] log pi of each response token, 0 on padding
+    entropy: torch.Tensor  # [N, L] without gradient
+    v_high: torch.Tensor  # [N] V_high(s)           read at the last prompt token
+    v_low: torch.Tensor  # [N] V_low(s, o)         read at the last token of </subgoal>
+    v_switch: torch.Tensor  # [N] V_switch(s, o_prev) read at the last prompt token
 
     def value(self, head):
         """[N] of head high, low or switch."""
@@ -256,7 +315,7 @@ class ActorCritic(nn.Module):
             raise ValueError(f"critic must be shared or separate, not {critic!r}")
         self.actor, self.temperature = actor, temperature
         self.critic = deepcopy(actor.base_model) if critic == "separate" else None
-        self.heads = nn.Linear(actor.config.hidden_size, 3)         # V_high, V_low, V_switch
+        self.heads = nn.Linear(actor.config.hidden_size, 3)  # V_high, V_low, V_switch
         nn.init.zeros_(self.heads.weight)
         nn.init.zeros_(self.heads.bias)
 
@@ -269,35 +328,49 @@ class ActorCritic(nn.Module):
         """
         logp = entropy = v_high = v_low = v_switch = None
         rows = torch.arange(len(ids), device=ids.device)
-        last, acts = prompt_lengths - 1, prompt_lengths + subgoal_end                       # [N] each, where the heads read
-        valued = torch.zeros_like(ids, dtype=torch.bool)                                    # [N, P + L]
+        last, acts = (
+            prompt_lengths - 1,
+            prompt_lengths + subgoal_end,
+        )  # [N] each, where the heads read
+        valued = torch.zeros_like(ids, dtype=torch.bool)  # [N, P + L]
         valued[rows, last] = valued[rows, acts] = True
         if "logp" in parts:
             where = torch.arange(int(lengths.max()), device=ids.device) < lengths[:, None]  # [N, L]
-            n, t = where.nonzero(as_tuple=True)                                             # [M] each: row and place of a response token
-            at, read = prompt_lengths[n] - 1 + t, valued.clone()                            # [M] one before it
+            n, t = where.nonzero(as_tuple=True)  # [M] each: row and place of a response token
+            at, read = prompt_lengths[n] - 1 + t, valued.clone()  # [M] one before it
             read[n, at] = True
             with reading(self.actor.base_model, read):
-                hidden = self.actor.base_model(input_ids=ids, use_cache=False).last_hidden_state        # [N, P + L, H]
-            flat = token_logp(hidden[n, at], ids[n, at + 1], self.actor.get_output_embeddings(), self.temperature)
-            logp, entropy = (hidden.new_zeros(where.shape, dtype=torch.float32).index_put((where,), x) for x in flat)
+                hidden = self.actor.base_model(
+                    input_ids=ids, use_cache=False
+                ).last_hidden_state  # [N, P + L, H]
+            flat = token_logp(
+                hidden[n, at], ids[n, at + 1], self.actor.get_output_embeddings(), self.temperature
+            )
+            logp, entropy = (
+                hidden.new_zeros(where.shape, dtype=torch.float32).index_put((where,), x)
+                for x in flat
+            )
         if "values" in parts:
             if self.critic is not None or logp is None:
-                backbone, width = self.critic or self.actor.base_model, int(acts.max()) + 1             # what comes after is not valued
+                backbone, width = (
+                    self.critic or self.actor.base_model,
+                    int(acts.max()) + 1,
+                )  # what comes after is not valued
                 with reading(backbone, valued[:, :width]):
                     hidden = backbone(input_ids=ids[:, :width], use_cache=False).last_hidden_state
-            v_high, _, v_switch = self.heads(hidden[rows, last]).float().unbind(1)          # [N] each
+            v_high, _, v_switch = self.heads(hidden[rows, last]).float().unbind(1)  # [N] each
             v_low = self.heads(hidden[rows, acts]).float()[:, 1]
         return Scores(logp, entropy, v_high, v_low, v_switch)
 
 
-def token_logp(hidden, targets, head, temperature=1.0, chunk=2 ** 25):
+def token_logp(hidden, targets, head, temperature=1.0, chunk=2**25):
     """Log-probability and entropy of M tokens without an [M, V] matrix in float32 at any time.
 
     hidden: [M, H]; targets: int [M]; head: the output projection; chunk: logits in memory at once. -> float32 [M], [M].
     """
+
     def part(h, y):
-        logits = head(h).float() / temperature                      # [m, V]
+        logits = head(h).float() / temperature  # [m, V]
         log_z = logits.logsumexp(-1)
         with torch.no_grad():
             entropy = log_z - (logits.softmax(-1) * logits).sum(-1)
@@ -306,11 +379,15 @@ def token_logp(hidden, targets, head, temperature=1.0, chunk=2 ** 25):
     rows = max(1, chunk // head.weight.shape[0])
     if len(hidden) <= rows:
         return part(hidden, targets)
-    parts = [checkpoint(part, h, y, use_reentrant=False) for h, y in zip(hidden.split(rows), targets.split(rows))]
+    parts = [
+        checkpoint(part, h, y, use_reentrant=False)
+        for h, y in zip(hidden.split(rows), targets.split(rows))
+    ]
     return tuple(map(torch.cat, zip(*parts)))
 
 
 # ---- loss -------------------------------------------------------------------------------------------------------------
+
 
 def token_advantages(masks, switch, adv_switch, adv_subgoal, adv_action):
     """Give every decision's tokens that decision's advantage.                                          # Thm 4.1
@@ -318,8 +395,12 @@ def token_advantages(masks, switch, adv_switch, adv_subgoal, adv_action):
     masks: Masks [N, L]; switch: bool [N], True where a segment opens; adv_*: [N].
     -> (advantages [N, L], trained bool [N, L]). On KEEP turns the subgoal's tokens are not trained: q_t = 0.
     """
-    opened = masks.subgoal & switch[:, None]                        # q_t grad log pi(o_t)
-    adv = masks.switch * adv_switch[:, None] + opened * adv_subgoal[:, None] + masks.action * adv_action[:, None]
+    opened = masks.subgoal & switch[:, None]  # q_t grad log pi(o_t)
+    adv = (
+        masks.switch * adv_switch[:, None]
+        + opened * adv_subgoal[:, None]
+        + masks.action * adv_action[:, None]
+    )
     return adv, masks.switch | opened | masks.action
 
 

@@ -9,6 +9,7 @@ global token count and one global advantage normalisation, so that N processes m
 
 Every iteration seeds itself from (seed, iteration, rank): a run that was stopped and started again goes on as if it had not been.
 """
+
 import errno
 import math
 import random
@@ -41,6 +42,7 @@ from rollout import batch_of, collect, kept, micro_batches, score
 
 # ---- setting up -------------------------------------------------------------------------------------------------------
 
+
 def build(config, out, runner, accelerator):
     """-> (policy, tokenizer, reference or None). The start model is `--model`, or cloned from scratch into out/start."""
     start = config.model or Path(config.start or out / "start")
@@ -49,34 +51,77 @@ def build(config, out, runner, accelerator):
             clone(config, out, runner, accelerator)
         accelerator.wait_for_everyone()
     tokenizer = AutoTokenizer.from_pretrained(start, padding_side="left")
-    tokenizer.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    load = lambda dtype: AutoModelForCausalLM.from_pretrained(start, dtype=dtype, attn_implementation=config.attends).eval()
+    tokenizer.pad_token_id = (
+        tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    )
+    load = lambda dtype: AutoModelForCausalLM.from_pretrained(
+        start, dtype=dtype, attn_implementation=config.attends
+    ).eval()
     torch.manual_seed(config.seed)
-    policy = hiper.ActorCritic(load(torch.float32), config.critic if config.critical else "shared", config.temperature)
+    policy = hiper.ActorCritic(
+        load(torch.float32), config.critic if config.critical else "shared", config.temperature
+    )
     if config.gradient_checkpointing:
         for backbone in filter(None, (policy.actor, policy.critic)):
             backbone.gradient_checkpointing_enable()
     if not config.model:
-        policy.heads.load_state_dict(torch.load(start / "heads.pt", map_location="cpu", weights_only=True))
+        policy.heads.load_state_dict(
+            torch.load(start / "heads.pt", map_location="cpu", weights_only=True)
+        )
     half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    reference = hiper.ActorCritic(load(half), temperature=config.temperature) if config.kl or config.kl_rest else None
-    return shard.place(policy, accelerator), tokenizer, reference and shard.place(reference, accelerator)
+    reference = (
+        hiper.ActorCritic(load(half), temperature=config.temperature)
+        if config.kl or config.kl_rest
+        else None
+    )
+    return (
+        shard.place(policy, accelerator),
+        tokenizer,
+        reference and shard.place(reference, accelerator),
+    )
 
 
 def clone(config, out, runner, accelerator):
     """Tokenizer, tiny model and cloned expert -> out/start, in Hugging Face's format."""
     size = envs.size(config.env, runner.split)
-    few = min(config.demo_tasks, size)                                  # spread over the split, a task's demonstrations side by side
-    tasks = [n * few // config.demos * size // few for n in range(config.demos)] if few else range(min(config.demos, size))
-    shown = scratch.demonstrations(runner, tasks, plan_noise=config.plan_noise, act_noise=config.act_noise,
-                                   slips=config.slips, blunders=config.blunders, style=config.style, seed=config.seed,
-                                   slots=config.slots, disguises=config.disguises)
+    few = min(
+        config.demo_tasks, size
+    )  # spread over the split, a task's demonstrations side by side
+    tasks = (
+        [n * few // config.demos * size // few for n in range(config.demos)]
+        if few
+        else range(min(config.demos, size))
+    )
+    shown = scratch.demonstrations(
+        runner,
+        tasks,
+        plan_noise=config.plan_noise,
+        act_noise=config.act_noise,
+        slips=config.slips,
+        blunders=config.blunders,
+        style=config.style,
+        seed=config.seed,
+        slots=config.slots,
+        disguises=config.disguises,
+    )
     tokenizer = scratch.train_tokenizer([text for *texts, _ in shown for text in texts])
     torch.manual_seed(config.seed)
-    policy = hiper.ActorCritic(scratch.tiny_model(tokenizer, config.attends), "shared").to(accelerator.device)
-    scratch.clone(policy, tokenizer, shown, epochs=config.clone_epochs, lr=config.clone_lr, seed=config.seed, gamma=config.gamma,
-                  success_reward=config.success_reward, max_prompt=config.max_prompt, tokens=config.tokens_per_batch,
-                  progress=lambda steps: tqdm(steps, "cloning the expert", unit="step"))
+    policy = hiper.ActorCritic(scratch.tiny_model(tokenizer, config.attends), "shared").to(
+        accelerator.device
+    )
+    scratch.clone(
+        policy,
+        tokenizer,
+        shown,
+        epochs=config.clone_epochs,
+        lr=config.clone_lr,
+        seed=config.seed,
+        gamma=config.gamma,
+        success_reward=config.success_reward,
+        max_prompt=config.max_prompt,
+        tokens=config.tokens_per_batch,
+        progress=lambda steps: tqdm(steps, "cloning the expert", unit="step"),
+    )
     temporary = out / "start.tmp"
     policy.actor.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
@@ -92,19 +137,28 @@ def optimizer_of(policy, config):
         from bitsandbytes.optim import AdamW8bit as AdamW
     else:
         from torch.optim import AdamW
-    return AdamW([{"params": actor, "lr": config.lr}, {"params": own, "lr": config.critic_lr}], eps=1e-5, weight_decay=0.0)
+    return AdamW(
+        [{"params": actor, "lr": config.lr}, {"params": own, "lr": config.critic_lr}],
+        eps=1e-5,
+        weight_decay=0.0,
+    )
 
 
 # ---- one iteration ----------------------------------------------------------------------------------------------------
 
+
 def whitener(accelerator):
     """`normalize` over the turns of all processes: a function (adv [B, T], where [B, T], scale) -> [B, T]."""
+
     def whiten(adv, where, scale=True):
-        both = torch.stack([adv.flatten(), where.flatten()]).T.to(accelerator.device)              # [B T, 2]
+        both = torch.stack([adv.flatten(), where.flatten()]).T.to(accelerator.device)  # [B T, 2]
         everyone = accelerator.gather(accelerator.pad_across_processes(both)).cpu()
         width = len(everyone) // accelerator.num_processes
-        mine = normalize(everyone[:, 0], everyone[:, 1].bool(), scale)[accelerator.process_index * width:]
-        return mine[:adv.numel()].view_as(adv)
+        mine = normalize(everyone[:, 0], everyone[:, 1].bool(), scale)[
+            accelerator.process_index * width :
+        ]
+        return mine[: adv.numel()].view_as(adv)
+
     return whiten
 
 
@@ -119,7 +173,7 @@ def checkpointing(policy, on):
 def update(policy, optimizer, samples, old, ref, credit, config, accelerator, actor_learns):
     """PPO on one iteration's turns -> mean losses and diagnostics, as floats over all processes."""
     device, trained, heads = accelerator.device, credit.trained, credit.targets
-    spoken = torch.arange(trained.shape[1]) < samples.lengths[:, None]                              # [N, L] response tokens
+    spoken = torch.arange(trained.shape[1]) < samples.lengths[:, None]  # [N, L] response tokens
     parts = ("logp", "values") if heads else ("logp",)
     sizes = [len(p) + len(r) for p, r in zip(samples.prompts, samples.responses)]
     turns = accelerator.reduce(torch.tensor(len(sizes), device=device), "sum").item()
@@ -127,33 +181,64 @@ def update(policy, optimizer, samples, old, ref, credit, config, accelerator, ac
     checkpointing(policy, True)
     for _ in range(config.epochs):
         for rows in torch.randperm(len(sizes)).tensor_split(math.ceil(turns / config.minibatch)):
-            counts = torch.stack([trained[rows].sum(), spoken[rows].sum(), *(where[rows].sum() for _, where in heads.values())])
-            n_trained, n_spoken, *n_valued = accelerator.reduce(counts.to(device), "sum").clamp(min=1).tolist()     # global
-            for part in shard.even(policy, micro_batches([sizes[i] for i in rows], config.tokens_per_batch)):
-                index = rows[part] if part else torch.zeros(1, dtype=torch.long)                    # any turn, without weight
+            counts = torch.stack(
+                [
+                    trained[rows].sum(),
+                    spoken[rows].sum(),
+                    *(where[rows].sum() for _, where in heads.values()),
+                ]
+            )
+            n_trained, n_spoken, *n_valued = (
+                accelerator.reduce(counts.to(device), "sum").clamp(min=1).tolist()
+            )  # global
+            for part in shard.even(
+                policy, micro_batches([sizes[i] for i in rows], config.tokens_per_batch)
+            ):
+                index = (
+                    rows[part] if part else torch.zeros(1, dtype=torch.long)
+                )  # any turn, without weight
                 with accelerator.autocast():
                     new = policy(*samples.rows(index.tolist(), device), parts=parts)
                 width = new.logp.shape[1]
                 here = lambda x: x[index, :width].to(device) if x.ndim == 2 else x[index].to(device)
-                learns, said = here(trained), here(spoken)                                          # [n, L]
-                surrogate, clipped = hiper.policy_loss(new.logp, here(old.logp), here(credit.adv), config.clip)
+                learns, said = here(trained), here(spoken)  # [n, L]
+                surrogate, clipped = hiper.policy_loss(
+                    new.logp, here(old.logp), here(credit.adv), config.clip
+                )
                 policy_term = (surrogate * learns).sum() / n_trained
-                k3 = hiper.kl_k3(new.logp, here(ref.logp)) * said if ref else torch.zeros_like(new.logp)
+                k3 = (
+                    hiper.kl_k3(new.logp, here(ref.logp)) * said
+                    if ref
+                    else torch.zeros_like(new.logp)
+                )
                 kl_term = k3.sum() / n_spoken
                 held = (k3 * torch.where(learns, config.kl, config.kl_rest)).sum() / n_spoken
                 value_term = torch.zeros((), device=device)
                 for (head, (y, where)), n in zip(heads.items(), n_valued):
-                    loss = hiper.value_loss(new.value(head), here(old.value(head)), here(y), config.value_clip)
+                    loss = hiper.value_loss(
+                        new.value(head), here(old.value(head)), here(y), config.value_clip
+                    )
                     value_term = value_term + (loss * here(where)).sum() / n
                 ((value_term + (policy_term + held if actor_learns else 0)) * bool(part)).backward()
-                for name, x in {"policy_loss": policy_term, "value_loss": value_term, "kl": kl_term,
-                                "clip_fraction": (clipped * learns).sum() / n_trained,
-                                "entropy": (new.entropy * learns).sum() / n_trained}.items():
-                    total[name] += bool(part) * float(x.detach()) / config.epochs / math.ceil(turns / config.minibatch)
+                for name, x in {
+                    "policy_loss": policy_term,
+                    "value_loss": value_term,
+                    "kl": kl_term,
+                    "clip_fraction": (clipped * learns).sum() / n_trained,
+                    "entropy": (new.entropy * learns).sum() / n_trained,
+                }.items():
+                    total[name] += (
+                        bool(part)
+                        * float(x.detach())
+                        / config.epochs
+                        / math.ceil(turns / config.minibatch)
+                    )
             step(policy, optimizer, config, accelerator, actor_learns)
     checkpointing(policy, False)
     names = list(total)
-    sums = accelerator.reduce(torch.tensor([total[k] for k in names], device=device), "sum").tolist()
+    sums = accelerator.reduce(
+        torch.tensor([total[k] for k in names], device=device), "sum"
+    ).tolist()
     return dict(zip(names, sums))
 
 
@@ -162,15 +247,17 @@ def step(policy, optimizer, config, accelerator, actor_learns):
     for group, learns in zip(optimizer.param_groups, (actor_learns, True)):
         params = group["params"]
         for p in params:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad      # every process must take part
+            p.grad = (
+                torch.zeros_like(p) if p.grad is None else p.grad
+            )  # every process must take part
             if shard.wanted(accelerator):
-                p.grad *= accelerator.num_processes                         # FSDP has taken their mean
+                p.grad *= accelerator.num_processes  # FSDP has taken their mean
             elif accelerator.num_processes > 1:
                 p.grad = accelerator.reduce(p.grad, "sum")
         torch.nn.utils.clip_grad_norm_(params, config.max_grad_norm)
         if not learns:
             for p in params:
-                p.grad = None                                               # nor moved by Adam's momentum
+                p.grad = None  # nor moved by Adam's momentum
     optimizer.step()
     optimizer.zero_grad()
 
@@ -178,7 +265,11 @@ def step(policy, optimizer, config, accelerator, actor_learns):
 def explained_variance(values, targets, where):
     """1 - Var(target - value) / Var(target) over the turns where the head has a target, 0 where all targets are equal; any one shape."""
     v, y = values[where], targets[where]
-    return float(1 - (y - v).var() / y.var()) if len(y) > 1 and y.std() > 1e-4 * (1 + y.abs().max()) else 0.0
+    return (
+        float(1 - (y - v).var() / y.var())
+        if len(y) > 1 and y.std() > 1e-4 * (1 + y.abs().max())
+        else 0.0
+    )
 
 
 def iterate(policy, tokenizer, reference, optimizer, runner, config, accelerator, iteration):
@@ -189,23 +280,38 @@ def iterate(policy, tokenizer, reference, optimizer, runner, config, accelerator
     for group, lr in zip(optimizer.param_groups, (config.lr, config.critic_lr)):
         group["lr"] = lr * fraction
     size = envs.size(config.env, runner.split)
-    pick = random.Random(config.seed * 1_000_003 + iteration)               # the same on every process
+    pick = random.Random(config.seed * 1_000_003 + iteration)  # the same on every process
     tasks = [pick.randrange(size) for _ in range(config.episodes // config.group_size)][rank::world]
-    tasks = [task for task in tasks for _ in range(config.group_size)]      # a task's episodes stay in one process
+    tasks = [
+        task for task in tasks for _ in range(config.group_size)
+    ]  # a task's episodes stay in one process
     parts = ("logp", "values") if config.critical else ("logp",)
     clock = {"rollout": time.perf_counter()}
     with accelerator.autocast():
         with shard.unsharded(policy):
-            episodes = collect(policy.actor, tokenizer, runner, tasks, slots=config.slots, temperature=config.temperature,
-                               style=config.style)
+            episodes = collect(
+                policy.actor,
+                tokenizer,
+                runner,
+                tasks,
+                slots=config.slots,
+                temperature=config.temperature,
+                style=config.style,
+            )
         clock["score"] = time.perf_counter()
         batch = batch_of(episodes, tokenizer)
-        valued = lambda samples: score(policy, samples, tokens=config.tokens_per_batch, parts=("values",))
+        valued = lambda samples: score(
+            policy, samples, tokens=config.tokens_per_batch, parts=("values",)
+        )
         old = score(policy, batch.samples, tokens=config.tokens_per_batch, parts=parts)
-        ref = score(reference, batch.samples, tokens=config.tokens_per_batch, parts=("logp",)) if reference else None
+        ref = (
+            score(reference, batch.samples, tokens=config.tokens_per_batch, parts=("logp",))
+            if reference
+            else None
+        )
         ends = valued(batch.ends) if config.critical else None
         v_keep = None
-        if needs_keep(config):                                              # the counterfactual, as if KEEP had been written
+        if needs_keep(config):  # the counterfactual, as if KEEP had been written
             carried = [turn.carried for e in episodes for turn in e.turns]
             v_keep = valued(kept(batch.samples.prompts, carried, tokenizer)).v_low
     credit = assign(batch, old, config, whitener(accelerator), ends, v_keep)
@@ -215,15 +321,26 @@ def iterate(policy, tokenizer, reference, optimizer, runner, config, accelerator
     clock["end"] = time.perf_counter()
     names = list(clock)
     seconds = {a: clock[b] - clock[a] for a, b in zip(names, names[1:])}
-    everyone = gather_object(episodes)                                      # of all processes, and so are these
-    fit = gather_object([{head: (old.value(head), *target) for head, target in credit.targets.items()}])
-    metrics = {"iteration": iteration, **summary(everyone), **losses, "lr": config.lr * fraction,
-               "explained_variance": {k: explained_variance(*map(torch.cat, zip(*(part[k] for part in fit)))) for k in fit[0]},
-               "seconds": seconds, "turns_per_second": sum(len(e.turns) for e in everyone) / seconds["rollout"]}
+    everyone = gather_object(episodes)  # of all processes, and so are these
+    fit = gather_object(
+        [{head: (old.value(head), *target) for head, target in credit.targets.items()}]
+    )
+    metrics = {
+        "iteration": iteration,
+        **summary(everyone),
+        **losses,
+        "lr": config.lr * fraction,
+        "explained_variance": {
+            k: explained_variance(*map(torch.cat, zip(*(part[k] for part in fit)))) for k in fit[0]
+        },
+        "seconds": seconds,
+        "turns_per_second": sum(len(e.turns) for e in everyone) / seconds["rollout"],
+    }
     return metrics, episodes, credit
 
 
 # ---- the run ----------------------------------------------------------------------------------------------------------
+
 
 def run(config, accelerator, out):
     main, module = accelerator.is_main_process, envs.world(config.env)
@@ -232,41 +349,86 @@ def run(config, accelerator, out):
     with envs.Runner(config.env, module.SPLITS[0], config.env_workers) as runner:
         policy, tokenizer, reference = build(config, out, runner, accelerator)
         optimizer, first, log = optimizer_of(policy, config), 0, {"lines": [], "evals": []}
-        saved = checkpoint.load(out, mmap=shard.wanted(accelerator))        # or each process would hold all of it
+        saved = checkpoint.load(
+            out, mmap=shard.wanted(accelerator)
+        )  # or each process would hold all of it
         if saved:
             first, log = checkpoint.restore(policy, optimizer, saved)
         del saved
 
-        keep = lambda iteration: checkpoint.save(out, policy, tokenizer, optimizer, iteration, log,
-                                                 checkpoint.best_yet(log["lines"], config.save_every), main)
+        keep = lambda iteration: checkpoint.save(
+            out,
+            policy,
+            tokenizer,
+            optimizer,
+            iteration,
+            log,
+            checkpoint.best_yet(log["lines"], config.save_every),
+            main,
+        )
 
         def test(iteration):
             with shard.unsharded(policy):
                 if not main:
                     return
-                tasks = range(envs.size(config.env, split))[:config.eval_episodes or None]
-                with envs.Runner(config.env, split, config.env_workers) as other, accelerator.autocast():
-                    result = evaluate(policy.actor, tokenizer, other, tasks, temperature=config.eval_temperature,
-                                      slots=config.slots, style=config.style, seed=config.seed)
-                log["evals"].append({"iteration": iteration, "split": split, "temperature": config.eval_temperature, **result})
-                tqdm.write(f"{split}, {len(tasks)} tasks, temperature {config.eval_temperature}, iteration {iteration}:\n{table(result)}")
+                tasks = range(envs.size(config.env, split))[: config.eval_episodes or None]
+                with (
+                    envs.Runner(config.env, split, config.env_workers) as other,
+                    accelerator.autocast(),
+                ):
+                    result = evaluate(
+                        policy.actor,
+                        tokenizer,
+                        other,
+                        tasks,
+                        temperature=config.eval_temperature,
+                        slots=config.slots,
+                        style=config.style,
+                        seed=config.seed,
+                    )
+                log["evals"].append(
+                    {
+                        "iteration": iteration,
+                        "split": split,
+                        "temperature": config.eval_temperature,
+                        **result,
+                    }
+                )
+                tqdm.write(
+                    f"{split}, {len(tasks)} tasks, temperature {config.eval_temperature}, iteration {iteration}:\n{table(result)}"
+                )
 
         if first == 0:
-            test(0)                                                         # not where a run goes on: it shall report as if unbroken
+            test(0)  # not where a run goes on: it shall report as if unbroken
         elif first == config.iterations and main:
             tqdm.write(f"{out} has all its {first} iterations: nothing is left to do")
-        bar = tqdm(range(first, config.iterations), initial=first, total=config.iterations, desc=config.method, unit="it", disable=not main)
+        bar = tqdm(
+            range(first, config.iterations),
+            initial=first,
+            total=config.iterations,
+            desc=config.method,
+            unit="it",
+            disable=not main,
+        )
         for iteration in bar:
-            metrics, episodes, credit = iterate(policy, tokenizer, reference, optimizer, runner, config, accelerator, iteration)
+            metrics, episodes, credit = iterate(
+                policy, tokenizer, reference, optimizer, runner, config, accelerator, iteration
+            )
             log["lines"].append(metrics)
-            bar.set_postfix(success=f"{metrics['success']:.0%}", switch_rate=f"{metrics['switch_rate']:.2f}")
+            bar.set_postfix(
+                success=f"{metrics['success']:.0%}", switch_rate=f"{metrics['switch_rate']:.2f}"
+            )
             if main:
                 checkpoint.write_log(out, log)
-                trouble = alarm(log["lines"], config.method == "hiper" and config.segments == "learned")
+                trouble = alarm(
+                    log["lines"], config.method == "hiper" and config.segments == "learned"
+                )
                 if trouble:
                     tqdm.write(f"warning: {trouble}")
                 if config.show_every and iteration % config.show_every == 0:
-                    tqdm.write(tell(episodes[0], {name: adv[0] for name, adv in credit.shown.items()}))
+                    tqdm.write(
+                        tell(episodes[0], {name: adv[0] for name, adv in credit.shown.items()})
+                    )
             if (iteration + 1) % config.save_every == 0 and iteration + 1 < config.iterations:
                 keep(iteration + 1)
             accelerator.wait_for_everyone()
@@ -275,7 +437,9 @@ def run(config, accelerator, out):
             keep(config.iterations)
         if main:
             before, after = (100 * log["evals"][i]["success"] for i in (0, -1))
-            tqdm.write(f"{split}: {before:.1f} % at the start, {after:.1f} % after {config.iterations} iterations; all in {out}")
+            tqdm.write(
+                f"{split}: {before:.1f} % at the start, {after:.1f} % after {config.iterations} iterations; all in {out}"
+            )
     return log
 
 
@@ -286,14 +450,21 @@ def main(argv=None):
         if "--plan" in words:
             return plan.show(config)
         check(config)
-        accelerator = Accelerator(cpu=config.cpu, mixed_precision="bf16" if torch.cuda.is_available() and not config.cpu else "no",
-                                  kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])    # for whom the others wait
+        accelerator = Accelerator(
+            cpu=config.cpu,
+            mixed_precision="bf16" if torch.cuda.is_available() and not config.cpu else "no",
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
+        )  # for whom the others wait
         if config.episodes // config.group_size < accelerator.num_processes:
-            raise UserError(f"--episodes {config.episodes} in groups of {config.group_size} leave some of the "
-                            f"{accelerator.num_processes} processes without one")
+            raise UserError(
+                f"--episodes {config.episodes} in groups of {config.group_size} leave some of the "
+                f"{accelerator.num_processes} processes without one"
+            )
         if shard.wanted(accelerator) and config.optimizer != "adamw":
-            raise UserError(f"--optimizer {config.optimizer} knows no weights in shards: with FSDP take adamw, whose moments are "
-                            "in shards too")
+            raise UserError(
+                f"--optimizer {config.optimizer} knows no weights in shards: with FSDP take adamw, whose moments are "
+                "in shards too"
+            )
         out = Path(config.out)
         if accelerator.is_main_process:
             open_out(out, config)
@@ -302,8 +473,12 @@ def main(argv=None):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        sys.exit(fail(f"cannot write to {config.out} ({error.strerror}): make room, then give the same command again; "
-                      "it goes on from the last checkpoint"))
+        sys.exit(
+            fail(
+                f"cannot write to {config.out} ({error.strerror}): make room, then give the same command again; "
+                "it goes on from the last checkpoint"
+            )
+        )
     except UserError as error:
         sys.exit(fail(error))
     shard.leave(accelerator)

@@ -3,6 +3,7 @@
 Symptom: both are true of this one. Yet the penalty explodes on tokens that the start model finds unlikely, and hardly sees a policy
 that has stopped saying half of what the start model says.
 """
+
 import torch
 
 
@@ -13,8 +14,13 @@ def kl_k3(logp, ref_logp):
 
 
 def test_its_mean_under_pi_is_the_kl():
-    pi, ref = torch.tensor([0.7, 0.2, 0.09, 0.01]).double(), torch.tensor([0.25, 0.25, 0.3, 0.2]).double()
-    kl = (pi * (pi / ref).log()).sum()                                  # over four tokens the sum is exact
+    pi, ref = (
+        torch.tensor([0.7, 0.2, 0.09, 0.01]).double(),
+        torch.tensor([0.25, 0.25, 0.3, 0.2]).double(),
+    )
+    kl = (pi * (pi / ref).log()).sum()  # over four tokens the sum is exact
     k3 = kl_k3(pi.log(), ref.log())
     assert (k3 >= 0).all() and (kl_k3(pi.log(), pi.log()) == 0).all()
-    assert abs((pi * k3).sum() - kl) < 1e-6, f"its mean is {(pi * k3).sum():.3f}, KL(pi || ref) is {kl:.3f}"
+    assert abs((pi * k3).sum() - kl) < 1e-6, (
+        f"its mean is {(pi * k3).sum():.3f}, KL(pi || ref) is {kl:.3f}"
+    )

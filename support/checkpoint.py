@@ -6,6 +6,7 @@
 
 Everything is complete before it takes its predecessor's place. Random states need no saving: an iteration seeds itself.
 """
+
 import errno
 import json
 import pickle
@@ -30,14 +31,21 @@ def save(out, policy, tokenizer, optimizer, iteration, log, best=False, main=Tru
     state = shard.whole({"policy": policy.state_dict(), "optimizer": optimizer.state_dict()}, main)
     if not main:
         return
-    actor = {name: state["policy"][f"actor.{name}"] for name, _ in policy.actor.named_parameters()}         # tied ones once
-    folders = [out / "actor", out / "best"][:1 + best]
+    actor = {
+        name: state["policy"][f"actor.{name}"] for name, _ in policy.actor.named_parameters()
+    }  # tied ones once
+    folders = [out / "actor", out / "best"][: 1 + best]
     try:
         torch.save({**state, "iteration": iteration, "log": log}, out / "checkpoint.tmp")
         for folder in folders:
-            policy.actor.save_pretrained(folder.with_suffix(".tmp"), state_dict=dict(actor))               # which it empties
+            policy.actor.save_pretrained(
+                folder.with_suffix(".tmp"), state_dict=dict(actor)
+            )  # which it empties
             tokenizer.save_pretrained(folder.with_suffix(".tmp"))
-    except (RuntimeError, SafetensorError) as error:                        # of torch and safetensors where the disk is full
+    except (
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # of torch and safetensors where the disk is full
         raise OSError(errno.ENOSPC, str(error)) from None
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
@@ -51,7 +59,9 @@ def save(out, policy, tokenizer, optimizer, iteration, log, best=False, main=Tru
 
 def best_yet(lines, every):
     """Whether more training episodes were won since the last save than between any two before; at the first, there is no other."""
-    won = [mean(line["success"] for line in lines[k:k + every]) for k in range(0, len(lines), every)]
+    won = [
+        mean(line["success"] for line in lines[k : k + every]) for k in range(0, len(lines), every)
+    ]
     return won[-1] > max(won[:-1], default=-1)
 
 
@@ -62,22 +72,33 @@ def load(out, mmap=False):
         if not path.exists():
             continue
         try:
-            if zipfile.is_zipfile(path):                                    # or torch tries older formats on it
+            if zipfile.is_zipfile(path):  # or torch tries older formats on it
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        except (RuntimeError, EOFError, pickle.UnpicklingError):            # of torch where bytes were altered
+        except (
+            RuntimeError,
+            EOFError,
+            pickle.UnpicklingError,
+        ):  # of torch where bytes were altered
             pass
         damaged.append(path)
         tqdm.write(f"warning: {path} is damaged: looking for the one before")
     if damaged:
-        raise UserError(f"no checkpoint of {out} can be read: give another --out, or remove "
-                        f"{' and '.join(map(str, damaged))} to begin anew")
+        raise UserError(
+            f"no checkpoint of {out} can be read: give another --out, or remove "
+            f"{' and '.join(map(str, damaged))} to begin anew"
+        )
 
 
 def restore(policy, optimizer, saved):
     """A checkpoint's weights and moments into these, which may be in shards -> its (iteration, log)."""
-    policy.load_state_dict({name: shard.like(saved["policy"][name], p) for name, p in policy.state_dict().items()})
+    policy.load_state_dict(
+        {name: shard.like(saved["policy"][name], p) for name, p in policy.state_dict().items()}
+    )
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    moments = {i: {name: shard.like(x, params[i]) for name, x in state.items()} for i, state in saved["optimizer"]["state"].items()}
+    moments = {
+        i: {name: shard.like(x, params[i]) for name, x in state.items()}
+        for i, state in saved["optimizer"]["state"].items()
+    }
     optimizer.load_state_dict({**saved["optimizer"], "state": moments})
     return saved["iteration"], saved["log"]
 

@@ -1,4 +1,5 @@
 """The last layer, computed where it is read: half of a model of two layers, three per cent of one of 28."""
+
 from contextlib import contextmanager
 from functools import partial
 
@@ -13,9 +14,9 @@ def reading(backbone, where=None):
     where: bool [N, S]; None: the last of each row. Layers with other names than Llama's and Qwen's are left alone, and so are those
     with gradient checkpointing, which recompute their activations when this is over.
     """
-    at = None if where is None else where.flatten().nonzero()[:, 0]                         # [M]
+    at = None if where is None else where.flatten().nonzero()[:, 0]  # [M]
 
-    def some(forward, x):                                                                   # x: [N, S, H]
+    def some(forward, x):  # x: [N, S, H]
         n, s = x.shape[:2]
         if s == 1:
             return forward(x)
@@ -24,9 +25,15 @@ def reading(backbone, where=None):
         return made.new_zeros(n * s, made.shape[1]).index_copy(0, there, made).unflatten(0, (n, s))
 
     layer = getattr(backbone, "layers", [None])[-1]
-    parts = () if getattr(layer, "gradient_checkpointing", False) or layer is None else layer.named_modules()
-    modules = [module for name, module in parts if name in ("mlp", "self_attn.q_proj", "self_attn.o_proj")]
-    own = [vars(module).get("forward") for module in modules]                               # accelerate sets some
+    parts = (
+        ()
+        if getattr(layer, "gradient_checkpointing", False) or layer is None
+        else layer.named_modules()
+    )
+    modules = [
+        module for name, module in parts if name in ("mlp", "self_attn.q_proj", "self_attn.o_proj")
+    ]
+    own = [vars(module).get("forward") for module in modules]  # accelerate sets some
     for module in modules:
         module.forward = partial(some, module.forward)
     try:

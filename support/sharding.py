@@ -4,6 +4,7 @@ Every process keeps a part of each weight, its gradient and its Adam moments. A 
 let go after it, so all processes must make the same passes (`even`). Generation cannot: its weights stay together meanwhile (`unsharded`).
 Without FSDP everything here hands back what it is given.
 """
+
 import os
 import sys
 import warnings
@@ -16,7 +17,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"              # or transformers loads weights in the first process alone
+os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = (
+    "false"  # or transformers loads weights in the first process alone
+)
 
 
 def wanted(accelerator):
@@ -29,22 +32,33 @@ def place(policy, accelerator):
     if not wanted(accelerator):
         return policy.to(accelerator.device)
     half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
-    how = dict(mesh=init_device_mesh(accelerator.device.type, (accelerator.num_processes,)), reshard_after_forward=True,
-               mp_policy=MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32))
-    for layer in [module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)]:     # HF's decoder layers
+    how = dict(
+        mesh=init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
+        reshard_after_forward=True,
+        mp_policy=MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32),
+    )
+    for layer in [
+        module for module in policy.modules() if isinstance(module, GradientCheckpointingLayer)
+    ]:  # HF's decoder layers
         fully_shard(layer, **how)
     fully_shard(policy, **how)
-    warnings.filterwarnings("ignore", ".*returned a view tensor")    # of values, which nobody writes into
+    warnings.filterwarnings(
+        "ignore", ".*returned a view tensor"
+    )  # of values, which nobody writes into
     one = torch.ones(1, dtype=torch.long, device=accelerator.device)
     with torch.no_grad():
-        policy(one.expand(1, 2), one, one, -one)                    # whose forward comes first is the root: not a layer's, in generate
+        policy(
+            one.expand(1, 2), one, one, -one
+        )  # whose forward comes first is the root: not a layer's, in generate
     return policy
 
 
 @contextmanager
 def unsharded(policy):
     """Meanwhile the actor's weights are whole in every process, which may use it or not, without the others. All must enter."""
-    parts = [module for module in (policy, *policy.actor.modules()) if isinstance(module, FSDPModule)]
+    parts = [
+        module for module in (policy, *policy.actor.modules()) if isinstance(module, FSDPModule)
+    ]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
@@ -68,14 +82,18 @@ def whole(state, keep):
     if isinstance(state, dict):
         return {name: whole(part, keep) for name, part in state.items()}
     if isinstance(state, DTensor):
-        full = state.full_tensor()                                  # one at a time, and by all processes
+        full = state.full_tensor()  # one at a time, and by all processes
         return full.cpu() if keep else None
     return state
 
 
 def like(x, p):
     """A whole tensor x, in shards where p is."""
-    return distribute_tensor(x, p.device_mesh, p.placements) if isinstance(p, DTensor) and x.shape == p.shape else x
+    return (
+        distribute_tensor(x, p.device_mesh, p.placements)
+        if isinstance(p, DTensor) and x.shape == p.shape
+        else x
+    )
 
 
 def leave(accelerator):

@@ -1,8 +1,11 @@
 """What all tests share: one thread, no network, and a tokenizer and a model that are ready in no time."""
+
 import os
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["HF_HUB_OFFLINE"] = "1"                                  # an unknown model name fails at once; before transformers is imported
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # an unknown model name fails at once; before transformers is imported
+)
 
 import pytest
 import torch
@@ -19,7 +22,9 @@ torch.set_num_threads(1)
 def tiny_tokenizer():
     """The tokenizer that training from scratch makes: some demonstrations' words, any other text in bytes. Not to be changed."""
     with envs.Runner("household", "train", 1) as runner:
-        shown = scratch.demonstrations(runner, range(6), plan_noise=0.5, slips=0.1, style=Style(brief=True), seed=0)
+        shown = scratch.demonstrations(
+            runner, range(6), plan_noise=0.5, slips=0.1, style=Style(brief=True), seed=0
+        )
     return scratch.train_tokenizer([text for *texts, _ in shown for text in texts])
 
 

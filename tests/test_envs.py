@@ -1,7 +1,8 @@
 """envs.py: finding worlds, stepping many at once, here or in worker processes; and `check_world` for worlds of one's own:
 
-    python -c "from tests.test_envs import check_world; check_world('my_world')"
+python -c "from tests.test_envs import check_world; check_world('my_world')"
 """
+
 import os
 import pickle
 import random
@@ -116,6 +117,7 @@ def write(tmp_path, monkeypatch):
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
         return name
+
     yield write
     for name in set(sys.modules) - before:
         if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
@@ -134,10 +136,15 @@ def far(corridor, write):
 
 # ---- the contract, for any world ---------------------------------------------------------------------------------------
 
+
 def check_world(name, tasks=4, **options):
     """Assert that world `name` keeps what the docstring of envs.py promises, on `tasks` tasks of each split."""
     module = envs.world(name)
-    assert isinstance(module.SPLITS, tuple) and module.SPLITS and all(isinstance(split, str) for split in module.SPLITS)
+    assert (
+        isinstance(module.SPLITS, tuple)
+        and module.SPLITS
+        and all(isinstance(split, str) for split in module.SPLITS)
+    )
     assert isinstance(getattr(module, "IN_PROCESS", True), bool)
     for call in (envs.size, envs.make):
         with pytest.raises(ValueError):
@@ -153,7 +160,9 @@ def check_world(name, tasks=4, **options):
             with pytest.raises(RuntimeError):
                 env.step("before reset")
             first = _random_episode(env, index)
-            assert _random_episode(twin, index) == first, "the same task, the same actions, another transcript"
+            assert _random_episode(twin, index) == first, (
+                "the same task, the same actions, another transcript"
+            )
             with pytest.raises(RuntimeError):
                 env.step("after the end")
             assert _random_episode(env, index) == first, "reset does not start over"
@@ -164,15 +173,21 @@ def check_world(name, tasks=4, **options):
     env = module.make()
     twin = envs.make(name, module.SPLITS[0], 0)
     assert env.reset() == twin.reset(), "make's defaults are not the first task of the first split"
-    for action in ("", "no such action\n\u00e9"):                                        # a model says anything
+    for action in ("", "no such action\n\u00e9"):  # a model says anything
         _check_step(env.step(action))
     env.close()
     twin.close()
 
 
 def _check_info(info):
-    assert {"task": str, "task_type": str, "won": bool, "score": float}.items() <= {k: type(v) for k, v in info.items()}.items()
-    assert info["task"] and isinstance(info["admissible"], list) and all(isinstance(a, str) for a in info["admissible"])
+    assert {"task": str, "task_type": str, "won": bool, "score": float}.items() <= {
+        k: type(v) for k, v in info.items()
+    }.items()
+    assert (
+        info["task"]
+        and isinstance(info["admissible"], list)
+        and all(isinstance(a, str) for a in info["admissible"])
+    )
     assert isinstance(info.get("gamefile", ""), str) and pickle.loads(pickle.dumps(info)) == info
 
 
@@ -205,7 +220,12 @@ def _check_expert(env, limit=500):
         if advice is None or ended:
             break
         switch, carried, action = advice
-        assert isinstance(switch, bool) and isinstance(carried, str) and carried and isinstance(action, str)
+        assert (
+            isinstance(switch, bool)
+            and isinstance(carried, str)
+            and carried
+            and isinstance(action, str)
+        )
         assert switch or carried == subgoal, "KEEP, and another subgoal"
         assert switch or turn, "the first turn has no subgoal to keep"
         subgoal, outcome = carried, env.step(action)
@@ -221,22 +241,32 @@ def test_a_world_of_ones_own_keeps_the_contract(corridor):
     check_world(corridor)
 
 
-@pytest.mark.parametrize("breach", [
-    ('SPLITS = ("train", "test")', 'SPLITS = ["train", "test"]'),
-    ("raise IndexError", "raise KeyError"),
-    ("not 0 <= index <", "not index <"),
-    ("raise ValueError", "raise KeyError"),
-    ("if self.done:", "if not hasattr(self, 'at'):"),
-    ("float(won), won, truncated", "won, won, truncated"),
-    ("float(won), won, truncated", "-1.0 + 2 * won, won, truncated"),
-    ("float(won), won, truncated", "float(won), won, won"),
-    ("self.at, self.steps, self.done = 0, 0, False", "self.steps, self.done = 0, False; self.at = getattr(self, 'at', 0)"),
-    ('"score": float(won)', '"score": won'),
-    ('{"east": 1, "west": -1}.get(action, 0)', '{"east": 1, "west": -1}[action]'),
-    ("reset(self, seed=None)", "reset(self)"),
-    ("return self.page(), float", "return self.page().encode(), float"),
-    ("self.max_steps, self.done = length, max_steps, True", "self.max_steps, self.done = id(self), max_steps, True"),
-    ("index=0, max_steps", "index=1, max_steps")])
+@pytest.mark.parametrize(
+    "breach",
+    [
+        ('SPLITS = ("train", "test")', 'SPLITS = ["train", "test"]'),
+        ("raise IndexError", "raise KeyError"),
+        ("not 0 <= index <", "not index <"),
+        ("raise ValueError", "raise KeyError"),
+        ("if self.done:", "if not hasattr(self, 'at'):"),
+        ("float(won), won, truncated", "won, won, truncated"),
+        ("float(won), won, truncated", "-1.0 + 2 * won, won, truncated"),
+        ("float(won), won, truncated", "float(won), won, won"),
+        (
+            "self.at, self.steps, self.done = 0, 0, False",
+            "self.steps, self.done = 0, False; self.at = getattr(self, 'at', 0)",
+        ),
+        ('"score": float(won)', '"score": won'),
+        ('{"east": 1, "west": -1}.get(action, 0)', '{"east": 1, "west": -1}[action]'),
+        ("reset(self, seed=None)", "reset(self)"),
+        ("return self.page(), float", "return self.page().encode(), float"),
+        (
+            "self.max_steps, self.done = length, max_steps, True",
+            "self.max_steps, self.done = id(self), max_steps, True",
+        ),
+        ("index=0, max_steps", "index=1, max_steps"),
+    ],
+)
 def test_the_contract_check_finds_breaches(write, breach):
     """check_world itself: worlds with one fault each."""
     assert CORRIDOR.count(breach[0]) == 1
@@ -246,6 +276,7 @@ def test_the_contract_check_finds_breaches(write, breach):
 
 
 # ---- finding a world ----------------------------------------------------------------------------------------------------
+
 
 def test_household_by_name():
     assert envs.world("household") is household and envs.size("household", "seen") == 300
@@ -257,12 +288,30 @@ def test_known_worlds_have_their_module():
     assert all((ROOT / f"{module}.py").exists() for module in envs.WORLDS.values())
 
 
-@pytest.mark.parametrize("name", ["houshold", "no.such.world", "envs.no_such_world", "json", "json.no_such_world",
-                                  "./corridor", "corridor.py", ".corridor", "", "make", "size", "SPLITS"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "houshold",
+        "no.such.world",
+        "envs.no_such_world",
+        "json",
+        "json.no_such_world",
+        "./corridor",
+        "corridor.py",
+        ".corridor",
+        "",
+        "make",
+        "size",
+        "SPLITS",
+    ],
+)
 def test_no_such_world_says_what_there_is(name, corridor, write):
     for lacking in ("make", "size", "SPLITS"):
         write(lacking, CORRIDOR + f"del {lacking}\n")
-    with pytest.raises(ValueError, match=f"no world {re.escape(repr(name))}: choose household, alfworld, webshop, or name a module"):
+    with pytest.raises(
+        ValueError,
+        match=f"no world {re.escape(repr(name))}: choose household, alfworld, webshop, or name a module",
+    ):
         envs.world(name)
 
 
@@ -285,6 +334,7 @@ def test_what_a_world_lacks_is_not_hidden(write):
 
 # ---- Runner -------------------------------------------------------------------------------------------------------------
 
+
 def alone(name, split, index, actions, **options):
     env = envs.make(name, split, index, **options)
     return [env.reset(), *map(env.step, actions)]
@@ -300,7 +350,7 @@ def together(runner, tasks, actions):
 
 
 def test_runner_steps_as_one_would_alone():
-    tasks = {7: 3, 0: 0, 4: 299, 2: 3}                              # one task twice
+    tasks = {7: 3, 0: 0, 4: 299, 2: 3}  # one task twice
     walks = {slot: [] for slot in tasks}
     for slot, index in tasks.items():
         env, rng = envs.make("household", "unseen", index, max_steps=12), random.Random(slot)
@@ -308,7 +358,10 @@ def test_runner_steps_as_one_would_alone():
         for _ in range(12):
             walks[slot].append(rng.choice([*info["admissible"], "sing"]))
             info = env.step(walks[slot][-1])[-1]
-    expected = {slot: alone("household", "unseen", index, walks[slot], max_steps=12) for slot, index in tasks.items()}
+    expected = {
+        slot: alone("household", "unseen", index, walks[slot], max_steps=12)
+        for slot, index in tasks.items()
+    }
     with envs.Runner("household", "unseen", max_steps=12) as runner:
         assert together(runner, tasks, walks) == expected
 
@@ -320,7 +373,7 @@ def test_slots_are_independent(corridor):
         runner.step({0: "east"})
         pages = [outcome[0] for outcome in runner.step({1: "east", 0: "east"}).values()]
         assert pages == ["You are at 1 of 6.", "You are at 3 of 6."]
-        assert runner.reset({0: 2})[0][0] == "You are at 0 of 4."   # another task in slot 0
+        assert runner.reset({0: 2})[0][0] == "You are at 0 of 4."  # another task in slot 0
         assert runner.step({1: "east"})[1][0] == "You are at 2 of 6."
         assert runner.reset({}) == runner.step({}) == {}
 
@@ -332,7 +385,9 @@ def test_runner_asks_the_expert(corridor, far):
         assert advice == {slot: household_expert(index) for slot, index in ((0, 0), (5, 1))}
         remote.reset({0: 0, 1: 1})
         assert remote.expert({1: "get there", 0: ""}) == {1: None, 0: (True, "get there", "east")}
-    with envs.Runner(corridor) as runner:                           # has none: scratch.py's demonstrations rely on this error
+    with envs.Runner(
+        corridor
+    ) as runner:  # has none: scratch.py's demonstrations rely on this error
         runner.reset({0: 0})
         with pytest.raises(AttributeError, match="expert"):
             runner.expert({0: ""})
@@ -349,13 +404,21 @@ def test_workers_play_as_in_process(far, workers, capfd):
     tasks = {5: 0, 0: 4, 3: 2, 1: 2, 2: 1}
     rng = random.Random(0)
     walks = {slot: [rng.choice(["east", "west", "sing"]) for _ in range(6)] for slot in tasks}
-    expected = {slot: alone("corridor", "test", index, walks[slot], max_steps=6) for slot, index in tasks.items()}
+    expected = {
+        slot: alone("corridor", "test", index, walks[slot], max_steps=6)
+        for slot, index in tasks.items()
+    }
     with envs.Runner(far, "test", workers=workers, max_steps=6) as runner:
         assert len(runner.workers) == workers and not runner.envs
         got = together(runner, tasks, walks)
     assert got == expected
-    out, err = capfd.readouterr()                                   # the engine's prints: not in the pipe, and not lost
-    assert "chatty" not in out and "an engine says hello" in err and "a chatty engine" in err and "starts shells" in err
+    out, err = capfd.readouterr()  # the engine's prints: not in the pipe, and not lost
+    assert (
+        "chatty" not in out
+        and "an engine says hello" in err
+        and "a chatty engine" in err
+        and "starts shells" in err
+    )
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -377,14 +440,19 @@ def test_errors_in_a_worker_come_back(far):
         with pytest.raises(IndexError, match="corridor's split 'train' has tasks 0 to 4, not 99"):
             runner.reset({0: 99})
         runner.reset({0: 0, 1: 1})
-        with pytest.raises(RuntimeError, match="1 and 2"):          # an exception that does not survive pickling
+        with pytest.raises(
+            RuntimeError, match="1 and 2"
+        ):  # an exception that does not survive pickling
             runner.step({0: "odd"})
         with pytest.raises(Exception, match="pickle"):
             runner.step({0: "unpicklable"})
-        assert runner.step({0: "east"})[0][1] == 1.0                # and it lives on
+        assert runner.step({0: "east"})[0][1] == 1.0  # and it lives on
         with pytest.raises(RuntimeError, match="call reset"):
             runner.step({0: "east"})
-    with envs.Runner(far, "no such split", workers=1) as runner, pytest.raises(ValueError, match="no split 'no such split'"):
+    with (
+        envs.Runner(far, "no such split", workers=1) as runner,
+        pytest.raises(ValueError, match="no split 'no such split'"),
+    ):
         runner.reset({0: 0})
 
 
@@ -399,7 +467,9 @@ def test_an_error_in_one_worker_leaves_the_others_in_step(far):
 
 def test_a_failed_reset_leaves_the_slot_empty(write, corridor):
     """Above all, no env is closed twice."""
-    write("frail", CORRIDOR.replace("pass", "assert not hasattr(self, 'closed'); self.closed = True"))
+    write(
+        "frail", CORRIDOR.replace("pass", "assert not hasattr(self, 'closed'); self.closed = True")
+    )
     with envs.Runner("frail") as runner:
         runner.reset({0: 0})
         with pytest.raises(IndexError):
@@ -410,32 +480,62 @@ def test_a_failed_reset_leaves_the_slot_empty(write, corridor):
 def processes(monkeypatch):
     """All worker processes that the test starts; at its end none may run."""
     started, popen = [], subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: started.append(popen(*args, **kwargs)) or started[-1])
+    monkeypatch.setattr(
+        subprocess,
+        "Popen",
+        lambda *args, **kwargs: started.append(popen(*args, **kwargs)) or started[-1],
+    )
     yield started
     assert all(process.poll() is not None for process in started), "a process is left behind"
 
 
-@pytest.mark.parametrize("action, why", [("die", "died (exit 3)"), ("hang", "did not answer within 1 s")])
-def test_a_worker_that_dies_or_hangs_is_replaced_and_its_episodes_are_lost(far, processes, monkeypatch, action, why):
-    lost = {"task": "", "task_type": "", "admissible": [], "won": False, "score": 0.0, "progress": 0.0, "page": "", "lost": why}
+@pytest.mark.parametrize(
+    "action, why", [("die", "died (exit 3)"), ("hang", "did not answer within 1 s")]
+)
+def test_a_worker_that_dies_or_hangs_is_replaced_and_its_episodes_are_lost(
+    far, processes, monkeypatch, action, why
+):
+    lost = {
+        "task": "",
+        "task_type": "",
+        "admissible": [],
+        "won": False,
+        "score": 0.0,
+        "progress": 0.0,
+        "page": "",
+        "lost": why,
+    }
     with envs.Runner(far, workers=2) as runner:
         runner.reset({slot: 4 for slot in range(5)})
         runner.step({2: "east"})
-        with monkeypatch.context() as patch, pytest.warns(UserWarning, match=f"of far {re.escape(why)}; its episodes are lost"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.warns(UserWarning, match=f"of far {re.escape(why)}; its episodes are lost"),
+        ):
             patch.setattr(envs, "LIMIT", 1.0)
             outcomes = runner.step({1: "east", 0: "east", 2: action, 4: "east"})
         assert list(outcomes) == [1, 0, 2, 4]
-        assert [outcomes[slot][0] for slot in (0, 1)] == ["You are at 1 of 5."] * 2     # answered before, and elsewhere
+        assert [outcomes[slot][0] for slot in (0, 1)] == [
+            "You are at 1 of 5."
+        ] * 2  # answered before, and elsewhere
         assert outcomes[2] == ("", 0.0, False, True, {**lost, "culprit": True})
         assert outcomes[4] == ("", 0.0, False, True, {**lost, "culprit": False})
-        for _ in range(2):                                          # lost until they are reset, and so are those not asked then
+        for _ in range(2):  # lost until they are reset, and so are those not asked then
             again = runner.step({slot: "east" for slot in (4, 3, 0)})
-            assert [again[slot][-1].get("lost") for slot in again] == [why, None, why] and not again[0][-1]["culprit"]
+            assert [again[slot][-1].get("lost") for slot in again] == [
+                why,
+                None,
+                why,
+            ] and not again[0][-1]["culprit"]
             assert runner.expert({0: "", 1: ""}) == {0: None, 1: (True, "get there", "east")}
         runner.reset({2: 0, 0: 4})
         assert runner.step({2: "east", 0: "east", 1: "east"})[2][1] == 1.0
         assert runner.step({0: "east", 1: "east", 4: "east"})[0][0] == "You are at 2 of 5."
-        assert [process.poll() for process in processes] == [3 if action == "die" else -9, None, None]
+        assert [process.poll() for process in processes] == [
+            3 if action == "die" else -9,
+            None,
+            None,
+        ]
     assert [process.poll() for process in processes[1:]] == [0, 0]
 
 
@@ -444,12 +544,20 @@ def test_a_reset_that_ends_its_process_is_tried_once_more(far, processes, tmp_pa
         (tmp_path / str(index)).write_text(lives)
         monkeypatch.setenv(f"LIVES_{index}", str(tmp_path / str(index)))
     with envs.Runner(far, workers=1) as runner, pytest.warns(UserWarning, match="died .exit 5."):
-        pages = [page for page, _ in runner.reset({3: 4, 0: 0, 1: 1, 2: 3}).values()]   # two tasks, each with one process
-        assert pages == [f"You are at 0 of {length}." for length in (5, 1, 2, 4)] and len(processes) == 3
+        pages = [
+            page for page, _ in runner.reset({3: 4, 0: 0, 1: 1, 2: 3}).values()
+        ]  # two tasks, each with one process
+        assert (
+            pages == [f"You are at 0 of {length}." for length in (5, 1, 2, 4)]
+            and len(processes) == 3
+        )
         assert runner.step({2: "east"})[2][0] == "You are at 1 of 4."
-        with pytest.raises(RuntimeError, match="^task 2 of far's split 'train' failed twice: its environment process died .exit 5.$"):
+        with pytest.raises(
+            RuntimeError,
+            match="^task 2 of far's split 'train' failed twice: its environment process died .exit 5.$",
+        ):
             runner.reset({0: 2})
-        assert runner.reset({0: 2})[0][0] == "You are at 0 of 3."   # it has no lives left to take
+        assert runner.reset({0: 2})[0][0] == "You are at 0 of 3."  # it has no lives left to take
 
 
 def test_a_worker_that_dies_between_two_questions(far, processes):
@@ -471,7 +579,10 @@ def test_an_error_is_raised_also_where_another_process_is_lost(far, processes):
 
 
 def test_closing_does_not_wait_for_ever(write, corridor, processes, monkeypatch):
-    write("stubborn", CORRIDOR.replace("pass", "import time; time.sleep(600)") + "IN_PROCESS = False\n")
+    write(
+        "stubborn",
+        CORRIDOR.replace("pass", "import time; time.sleep(600)") + "IN_PROCESS = False\n",
+    )
     with envs.Runner("stubborn", workers=1) as runner:
         runner.reset({0: 0})
         monkeypatch.setattr(envs, "LIMIT", 0.3)
@@ -481,14 +592,14 @@ def test_close_closes_envs_and_leaves_no_process(far, tmp_path, monkeypatch):
     monkeypatch.setenv("CLOSED", str(tmp_path / "closed"))
     runner = envs.Runner(far, workers=2)
     runner.reset({0: 0, 1: 1, 2: 2})
-    runner.reset({2: 3})                                            # closes the third
+    runner.reset({2: 3})  # closes the third
     assert (tmp_path / "closed").read_text().split() == ["3"]
     processes = [worker.process for worker in runner.workers]
     assert [process.poll() for process in processes] == [None, None]
     runner.close()
     assert [process.poll() for process in processes] == [0, 0]
     assert sorted((tmp_path / "closed").read_text().split()) == ["1", "2", "3", "4"]
-    runner.close()                                                  # once more does no harm
+    runner.close()  # once more does no harm
 
 
 def test_the_context_manager_closes_after_an_error(far):
@@ -519,5 +630,7 @@ def test_workers_find_what_the_caller_finds(far, tmp_path):
         with envs.Runner("far", workers=1) as runner:
             print(runner.reset({{0: 1}})[0][0])
     """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.stdout.endswith("\nYou are at 0 of 2.\n"), done.stderr

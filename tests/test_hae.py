@@ -1,4 +1,5 @@
 """hae.py against a slow, obvious oracle, against the released code's outputs, and at its limits."""
+
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ GOLDEN = sorted((ROOT / "tests" / "golden").glob("*.npz"))
 
 
 # ---- the oracle: HiPER's equations as sums over explicit segments, float64, one trajectory at a time ----
+
 
 def boundaries(switch, n):
     return [t for t in range(n) if t == 0 or switch[t]] + [n]  # 0 = b_0 < ... < b_K = n
@@ -34,7 +36,7 @@ def oracle_row(r, switch, n, v_high, v_low, v_switch, gamma, lam_low, lam_high, 
         for t in range(b[k], b[k + 1]):
             left = b[k + 1] - t
             out["adv_action"][t] = sum((gamma * lam_low) ** l * delta[t + l] for l in range(left))
-            g = sum(gamma ** l * r[t + l] for l in range(left)) + gamma ** left * v_after
+            g = sum(gamma**l * r[t + l] for l in range(left)) + gamma**left * v_after
             out["adv_switch"][t] = g - v_switch[t]
             out["ret_low"][t] = out["adv_action"][t] + v_low[t]
             out["ret_switch"][t] = g
@@ -50,24 +52,45 @@ def oracle_row(r, switch, n, v_high, v_low, v_switch, gamma, lam_low, lam_high, 
 
 
 def oracle(x, gamma=1.0, lam_low=1.0, lam_high=0.95):
-    rows = [oracle_row(x["rewards"][b].tolist(), x["switch"][b].tolist(), int(x["mask"][b].sum()), x["v_high"][b].tolist(),
-                       x["v_low"][b].tolist(), x["v_switch"][b].tolist(), gamma, lam_low, lam_high,
-                       x["end_high"][b].item(), x["end_low"][b].item()) for b in range(len(x["rewards"]))]
-    return HAE(*(torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in HAE._fields))
+    rows = [
+        oracle_row(
+            x["rewards"][b].tolist(),
+            x["switch"][b].tolist(),
+            int(x["mask"][b].sum()),
+            x["v_high"][b].tolist(),
+            x["v_low"][b].tolist(),
+            x["v_switch"][b].tolist(),
+            gamma,
+            lam_low,
+            lam_high,
+            x["end_high"][b].item(),
+            x["end_low"][b].item(),
+        )
+        for b in range(len(x["rewards"]))
+    ]
+    return HAE(
+        *(torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in HAE._fields)
+    )
 
 
 def oracle_gae(r, n, v, gamma, lam, end):
     v = v[:n] + [end]
     delta = [r[t] + gamma * v[t + 1] - v[t] for t in range(n)]
-    return [sum((gamma * lam) ** l * delta[t + l] for l in range(n - t)) for t in range(n)] + [0.0] * (len(r) - n)
+    return [sum((gamma * lam) ** l * delta[t + l] for l in range(n - t)) for t in range(n)] + [
+        0.0
+    ] * (len(r) - n)
 
 
 # ---- helpers ----
 
+
 def batch(seed=0, B=5, T=13, p=0.3, dtype=torch.float64):
     """A ragged batch of random trajectories, the keyword arguments of hae."""
     g = torch.Generator().manual_seed(seed)
-    x = {k: torch.randn(B, T, generator=g, dtype=torch.float64).to(dtype) for k in ("rewards", "v_high", "v_low", "v_switch")}
+    x = {
+        k: torch.randn(B, T, generator=g, dtype=torch.float64).to(dtype)
+        for k in ("rewards", "v_high", "v_low", "v_switch")
+    }
     x["switch"] = torch.rand(B, T, generator=g) < p
     n = torch.randint(1, T + 1, (B,), generator=g)  # [B]
     n[0] = T
@@ -89,21 +112,34 @@ def row(*values):
 
 # ---- equations ----
 
+
 @pytest.mark.parametrize("seed", range(40))
 def test_hae_is_the_oracle(seed):
     g = np.random.default_rng(seed)
     B, T = int(g.integers(1, 9)), 1 if seed % 8 == 0 else int(g.integers(2, 34))
     x = batch(seed, B, T, p=g.choice([0.0, 0.1, 0.4, 1.0]))
-    gamma, lam_low, lam_high = (float(g.choice([0.0, 1.0, g.random()], p=[0.1, 0.2, 0.7])) for _ in range(3))
+    gamma, lam_low, lam_high = (
+        float(g.choice([0.0, 1.0, g.random()], p=[0.1, 0.2, 0.7])) for _ in range(3)
+    )
     settings = dict(gamma=gamma, lam_low=lam_low, lam_high=lam_high)
     close(hae(**x, **settings), oracle(x, **settings))
 
 
 def test_three_turns_by_hand():
     """SWITCH, KEEP, SWITCH, truncated; gamma 1/2, both lambdas 1/2."""
-    got = hae(row(1, 2, 4), torch.tensor([[True, False, True]]), torch.ones(1, 3).bool(), v_high=row(3, 100, 6),
-              v_low=row(1, 2, 5), v_switch=row(1, 1, 1), gamma=0.5, lam_low=0.5, lam_high=0.5,
-              end_high=torch.tensor([8.0]).double(), end_low=torch.tensor([2.0]).double())
+    got = hae(
+        row(1, 2, 4),
+        torch.tensor([[True, False, True]]),
+        torch.ones(1, 3).bool(),
+        v_high=row(3, 100, 6),
+        v_low=row(1, 2, 5),
+        v_switch=row(1, 1, 1),
+        gamma=0.5,
+        lam_low=0.5,
+        lam_high=0.5,
+        end_high=torch.tensor([8.0]).double(),
+        end_low=torch.tensor([2.0]).double(),
+    )
     # delta_low: 1 + 2/2 - 1 = 1 | 2 + 6/2 - 2 = 3, bootstrap V_high(s_2) = 6 | 4 + 2/2 - 5 = 0, bootstrap end_low = 2
     assert got.adv_action.tolist() == [[1 + 0.25 * 3, 3, 0]]
     assert got.ret_low.tolist() == [[2.75, 5, 5]]
@@ -123,11 +159,27 @@ def test_golden_outputs_of_the_released_code(path):
     # V_high at the first turn of the last segment; only where `bootstrap_truncated`.
     truncated = ~z["terminated"] & z["bootstrap_truncated"]  # [B]
     n = z["mask"].sum(1)  # [B]
-    first = torch.tensor([boundaries(z["switch"][b], int(n[b]))[-2] for b in range(B)])  # [B] b_{K-1}
-    got = hae(z["rewards"], z["switch"], z["mask"], z["v_high"], z["v_low"], z["v_switch"],
-              gamma=float(z["gamma"]), lam_low=float(z["lam_low"]), lam_high=float(z["lam_high"]),
-              end_high=z["v_high"][range(B), first] * truncated, end_low=z["v_low"][range(B), n - 1] * truncated)
-    close(got, [z[k] for k in ("adv_low", "adv_high", "adv_switch", "ret_low", "ret_high", "ret_switch")], atol=2e-4)
+    first = torch.tensor(
+        [boundaries(z["switch"][b], int(n[b]))[-2] for b in range(B)]
+    )  # [B] b_{K-1}
+    got = hae(
+        z["rewards"],
+        z["switch"],
+        z["mask"],
+        z["v_high"],
+        z["v_low"],
+        z["v_switch"],
+        gamma=float(z["gamma"]),
+        lam_low=float(z["lam_low"]),
+        lam_high=float(z["lam_high"]),
+        end_high=z["v_high"][range(B), first] * truncated,
+        end_low=z["v_low"][range(B), n - 1] * truncated,
+    )
+    close(
+        got,
+        [z[k] for k in ("adv_low", "adv_high", "adv_switch", "ret_low", "ret_high", "ret_switch")],
+        atol=2e-4,
+    )
 
 
 def test_all_golden_files_are_here():
@@ -137,9 +189,23 @@ def test_all_golden_files_are_here():
 @pytest.mark.parametrize("seed", range(8))
 def test_gae_is_the_oracle(seed):
     x, gamma, lam = batch(seed, T=1 + 4 * seed), 0.9, seed / 7
-    adv, ret = gae(x["rewards"], x["mask"], x["v_low"], gamma=gamma, lam=lam, end_value=x["end_low"])
-    want = torch.tensor([oracle_gae(x["rewards"][b].tolist(), int(x["mask"][b].sum()), x["v_low"][b].tolist(), gamma, lam,
-                                    x["end_low"][b].item()) for b in range(5)], dtype=torch.float64)
+    adv, ret = gae(
+        x["rewards"], x["mask"], x["v_low"], gamma=gamma, lam=lam, end_value=x["end_low"]
+    )
+    want = torch.tensor(
+        [
+            oracle_gae(
+                x["rewards"][b].tolist(),
+                int(x["mask"][b].sum()),
+                x["v_low"][b].tolist(),
+                gamma,
+                lam,
+                x["end_low"][b].item(),
+            )
+            for b in range(5)
+        ],
+        dtype=torch.float64,
+    )
     torch.testing.assert_close(adv, want, atol=1e-10, rtol=0)
     torch.testing.assert_close(ret, (want + x["v_low"]) * x["mask"], atol=1e-10, rtol=0)
 
@@ -157,6 +223,7 @@ def test_reverse_scan_is_the_loop(T):
 
 # ---- limits ----
 
+
 def test_one_segment_is_flat_gae():
     x = batch(1) | dict(switch=torch.zeros(5, 13).bool())
     got = hae(**x, gamma=0.9, lam_low=0.7)
@@ -170,8 +237,12 @@ def test_switch_every_turn():
     x = batch(2) | dict(switch=torch.ones(5, 13).bool())
     x["end_low"] = x["end_high"]
     got = hae(**x, gamma=0.9, lam_low=0.7, lam_high=0.8)
-    one_step, _ = gae(x["rewards"], x["mask"], x["v_high"], gamma=0.9, lam=0.0, end_value=x["end_high"])
-    planner, _ = gae(x["rewards"], x["mask"], x["v_high"], gamma=0.9, lam=0.8, end_value=x["end_high"])
+    one_step, _ = gae(
+        x["rewards"], x["mask"], x["v_high"], gamma=0.9, lam=0.0, end_value=x["end_high"]
+    )
+    planner, _ = gae(
+        x["rewards"], x["mask"], x["v_high"], gamma=0.9, lam=0.8, end_value=x["end_high"]
+    )
     torch.testing.assert_close(got.adv_action, one_step + (x["v_high"] - x["v_low"]) * x["mask"])
     torch.testing.assert_close(got.adv_subgoal, planner)
 
@@ -182,18 +253,28 @@ def test_lambda_one_is_monte_carlo_minus_baseline():
     to_go = (x["rewards"] * x["mask"]).flip(1).cumsum(1).flip(1)  # [B, T]
     start = x["mask"] & (x["switch"] | (torch.arange(13) == 0))
     torch.testing.assert_close(got.adv_subgoal, (to_go - x["v_high"]) * start)
-    torch.testing.assert_close(got.adv_action, (got.ret_switch - x["v_low"]) * x["mask"])  # G_t, the segment's Monte Carlo
+    torch.testing.assert_close(
+        got.adv_action, (got.ret_switch - x["v_low"]) * x["mask"]
+    )  # G_t, the segment's Monte Carlo
 
 
 def test_lambda_zero_is_one_step():
     x = batch(4)
     got = hae(**x, gamma=0.9, lam_low=0.0, lam_high=0.0)
     start = x["mask"] & (x["switch"] | (torch.arange(13) == 0))
-    torch.testing.assert_close(got.ret_high, got.ret_switch * start)  # the paper's target R_k + gamma_k V_high(next)
+    torch.testing.assert_close(
+        got.ret_high, got.ret_switch * start
+    )  # the paper's target R_k + gamma_k V_high(next)
     for b in range(5):
         n = int(x["mask"][b].sum())
         for t in range(n):
-            inside = x["end_low"][b] if t + 1 == n else x["v_high"][b, t + 1] if start[b, t + 1] else x["v_low"][b, t + 1]
+            inside = (
+                x["end_low"][b]
+                if t + 1 == n
+                else x["v_high"][b, t + 1]
+                if start[b, t + 1]
+                else x["v_low"][b, t + 1]
+            )
             torch.testing.assert_close(got.ret_low[b, t], x["rewards"][b, t] + 0.9 * inside)
 
 
@@ -212,16 +293,21 @@ def test_terminated_is_not_truncated():
 
 def test_credit_stops_at_the_boundary():
     """A reward after a boundary is the planner's to credit backwards, not the previous executor's."""
-    x = batch(6, B=1, T=9) | dict(switch=torch.tensor([[True, False, False, False, True, False, False, False, False]]))
+    x = batch(6, B=1, T=9) | dict(
+        switch=torch.tensor([[True, False, False, False, True, False, False, False, False]])
+    )
     before = hae(**x)
     after = hae(**(x | dict(rewards=x["rewards"] + torch.eye(9).double()[6])))
     torch.testing.assert_close(after.adv_action[:, :4], before.adv_action[:, :4], atol=0, rtol=0)
     torch.testing.assert_close(after.adv_switch[:, :4], before.adv_switch[:, :4], atol=0, rtol=0)
     torch.testing.assert_close(after.adv_action[:, 4:7], before.adv_action[:, 4:7] + 1)
-    torch.testing.assert_close(after.adv_subgoal[0, [0, 4]], before.adv_subgoal[0, [0, 4]] + row(0.95, 1)[0])
+    torch.testing.assert_close(
+        after.adv_subgoal[0, [0, 4]], before.adv_subgoal[0, [0, 4]] + row(0.95, 1)[0]
+    )
 
 
 # ---- invariances ----
+
 
 def test_permuting_rows_permutes_results():
     x, order = batch(7), torch.tensor([3, 0, 4, 1, 2])
@@ -243,10 +329,15 @@ def test_padding_changes_nothing():
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e30])
 def test_garbage_off_the_mask_is_harmless(garbage):
     x = batch(10)
-    dirty = {k: v.masked_fill(~x["mask"], garbage) if v.ndim == 2 and v.is_floating_point() else v for k, v in x.items()}
+    dirty = {
+        k: v.masked_fill(~x["mask"], garbage) if v.ndim == 2 and v.is_floating_point() else v
+        for k, v in x.items()
+    }
     dirty["switch"] = x["switch"] | ~x["mask"]
     close(hae(**dirty), hae(**x), atol=0)
-    for a, b in zip(gae(dirty["rewards"], x["mask"], dirty["v_low"]), gae(x["rewards"], x["mask"], x["v_low"])):
+    for a, b in zip(
+        gae(dirty["rewards"], x["mask"], dirty["v_low"]), gae(x["rewards"], x["mask"], x["v_low"])
+    ):
         assert torch.equal(a, b)
 
 
@@ -262,7 +353,11 @@ def test_zero_where_undefined():
 def test_turn_zero_opens_a_segment_whatever_switch_says():
     x = batch(12)
     first = torch.arange(13) == 0
-    close(hae(**(x | dict(switch=x["switch"] | first))), hae(**(x | dict(switch=x["switch"] & ~first))), atol=0)
+    close(
+        hae(**(x | dict(switch=x["switch"] | first))),
+        hae(**(x | dict(switch=x["switch"] & ~first))),
+        atol=0,
+    )
 
 
 def test_without_v_switch():
@@ -272,8 +367,10 @@ def test_without_v_switch():
     close([bare[i] for i in (0, 1, 3, 4, 5)], [full[i] for i in (0, 1, 3, 4, 5)], atol=0)
 
 
-@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-10), (torch.float32, 1e-4),
-                                         (torch.bfloat16, 0.1), (torch.float16, 0.02)])
+@pytest.mark.parametrize(
+    "dtype, atol",
+    [(torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 0.1), (torch.float16, 0.02)],
+)
 def test_dtype_is_kept(dtype, atol):
     x = batch(14, dtype=dtype)
     got = hae(**x)
@@ -296,7 +393,9 @@ def test_gradients_do_not_flow_and_inputs_are_not_modified():
     got = hae(**x)
     adv, ret = gae(x["rewards"], x["mask"], x["v_low"], end_value=x["end_low"])
     gain = switch_gain(x["switch"], x["rewards"], x["v_high"], x["v_low"])
-    assert not any(v.requires_grad for v in (*got, adv, ret, gain, normalize(x["rewards"], x["mask"])))
+    assert not any(
+        v.requires_grad for v in (*got, adv, ret, gain, normalize(x["rewards"], x["mask"]))
+    )
     assert all(torch.equal(x[k], copy[k]) for k in x)
 
 
@@ -313,15 +412,22 @@ def test_nothing_is_read_back_from_the_device():
 
 # ---- switch_gain and normalize ----
 
+
 def test_switch_gain_by_hand():
-    got = switch_gain(torch.tensor([[True, False, True]]), row(0.25, 0.25, 1.0), row(3, 3, 3), row(1, 1, 1))
-    assert got.tolist() == [[1.5, -0.5, 0.0]]  # (q - beta) (3 - 1); a certain decision has no advantage
+    got = switch_gain(
+        torch.tensor([[True, False, True]]), row(0.25, 0.25, 1.0), row(3, 3, 3), row(1, 1, 1)
+    )
+    assert got.tolist() == [
+        [1.5, -0.5, 0.0]
+    ]  # (q - beta) (3 - 1); a certain decision has no advantage
 
 
 def test_switch_gain_has_mean_zero_under_the_policy():
     beta, high, keep = torch.rand(3, 4, 6, dtype=torch.float64)
     yes, no = (switch_gain(torch.full((4, 6), q), beta, high, keep) for q in (True, False))
-    torch.testing.assert_close(beta * yes + (1 - beta) * no, torch.zeros(4, 6).double(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        beta * yes + (1 - beta) * no, torch.zeros(4, 6).double(), atol=1e-12, rtol=0
+    )
 
 
 def test_normalize():
@@ -330,7 +436,9 @@ def test_normalize():
     got, n = normalize(x["rewards"], x["mask"]), x["mask"].sum()
     assert (got[~x["mask"]] == 0).all()
     assert abs(got.sum() / n) < 1e-12 and abs(got.square().sum() / n - 1) < 1e-6
-    torch.testing.assert_close(normalize(x["rewards"][x["mask"]], torch.ones(n).bool()), got[x["mask"]])  # any shape
+    torch.testing.assert_close(
+        normalize(x["rewards"][x["mask"]], torch.ones(n).bool()), got[x["mask"]]
+    )  # any shape
 
 
 @pytest.mark.parametrize("where", [[False] * 7, [True] + [False] * 6, [True] * 7])
@@ -340,6 +448,7 @@ def test_normalize_only_centres_equal_advantages(where):
 
 
 # ---- errors name their argument ----
+
 
 def nan_at(x, t=0):
     x = x.clone()
@@ -384,25 +493,48 @@ def test_hae_names_the_bad_argument(case):
         hae(**(x | {name: spoil(x)}))
 
 
-@pytest.mark.parametrize("name, value", [("rewards", torch.zeros(2, 3).long()), ("mask", torch.ones(2, 3)),
-                                         ("values", torch.zeros(2, 2)), ("values", torch.full((2, 3), float("nan"))),
-                                         ("end_value", torch.zeros(3)), ("gamma", 2.0), ("lam", -1.0)])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("rewards", torch.zeros(2, 3).long()),
+        ("mask", torch.ones(2, 3)),
+        ("values", torch.zeros(2, 2)),
+        ("values", torch.full((2, 3), float("nan"))),
+        ("end_value", torch.zeros(3)),
+        ("gamma", 2.0),
+        ("lam", -1.0),
+    ],
+)
 def test_gae_names_the_bad_argument(name, value):
     x = dict(rewards=torch.zeros(2, 3), mask=torch.ones(2, 3).bool(), values=torch.zeros(2, 3))
     with pytest.raises(ValueError, match=rf"^{name} must"):
         gae(**(x | {name: value}))
 
 
-@pytest.mark.parametrize("name, value", [("switch", torch.zeros(2)), ("p_switch", torch.zeros(2).long()),
-                                         ("v_high", torch.zeros(3)), ("v_keep", torch.zeros(2).double())])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("switch", torch.zeros(2)),
+        ("p_switch", torch.zeros(2).long()),
+        ("v_high", torch.zeros(3)),
+        ("v_keep", torch.zeros(2).double()),
+    ],
+)
 def test_switch_gain_names_the_bad_argument(name, value):
-    x = dict(switch=torch.zeros(2).bool(), p_switch=torch.zeros(2), v_high=torch.zeros(2), v_keep=torch.zeros(2))
+    x = dict(
+        switch=torch.zeros(2).bool(),
+        p_switch=torch.zeros(2),
+        v_high=torch.zeros(2),
+        v_keep=torch.zeros(2),
+    )
     with pytest.raises(ValueError, match=rf"^{name} must"):
         switch_gain(**(x | {name: value}))
 
 
-@pytest.mark.parametrize("name, value", [("adv", torch.zeros(2).long()),
-                                         ("where", torch.ones(2)), ("where", torch.ones(3).bool())])
+@pytest.mark.parametrize(
+    "name, value",
+    [("adv", torch.zeros(2).long()), ("where", torch.ones(2)), ("where", torch.ones(3).bool())],
+)
 def test_normalize_names_the_bad_argument(name, value):
     with pytest.raises(ValueError, match=rf"^{name} must"):
         normalize(**(dict(adv=torch.zeros(2), where=torch.ones(2).bool()) | {name: value}))
@@ -410,6 +542,9 @@ def test_normalize_names_the_bad_argument(name, value):
 
 # ---- the file as a reader meets it ----
 
+
 def test_demo_is_short():
-    out = subprocess.run([sys.executable, ROOT / "hae.py"], capture_output=True, text=True, check=True).stdout.splitlines()
+    out = subprocess.run(
+        [sys.executable, ROOT / "hae.py"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     assert 11 < len(out) <= 25 and "flat GAE" in out[0]

@@ -26,6 +26,7 @@ Differences from alfworld's own AlfredTWEnv:
  5. The engine remembers what it has translated, parsed and worded: per core about 20 times the steps per second, and resets
     in 0.05 to 0.2 s instead of 1 to 2.5 (benchmarks/alfworld.py), with the same text throughout.
 """
+
 import contextlib
 import copy
 import functools
@@ -41,14 +42,26 @@ from pathlib import Path
 from worlds.alfworld_expert import Demonstrator, disguise, natural, parts  # noqa: F401, disguise: for cloning
 from worlds.alfworld_page import NOTHING, Page
 
-IN_PROCESS = False  # The engine crashes in threads. Several envs of one process, stepped in turn, get along.
+IN_PROCESS = (
+    False  # The engine crashes in threads. Several envs of one process, stepped in turn, get along.
+)
 SPLITS = ("train", "valid_seen", "valid_unseen")
-TASK_TYPES = ("pick_and_place_simple", "look_at_obj_in_light", "pick_clean_then_place_in_recep",
-              "pick_heat_then_place_in_recep", "pick_cool_then_place_in_recep", "pick_two_obj_and_place")
+TASK_TYPES = (
+    "pick_and_place_simple",
+    "look_at_obj_in_light",
+    "pick_clean_then_place_in_recep",
+    "pick_heat_then_place_in_recep",
+    "pick_cool_then_place_in_recep",
+    "pick_two_obj_and_place",
+)
 
 TITLE, TASK = "-= Welcome to TextWorld, ALFRED! =-", "Your task is to: "
-GAMES, SENTENCES, FACTS = 512, 512, 20_000                # how much the engine remembers, about 60 MB: see _engine_class
-SOLVABLE = re.compile(rb'"solvable":\s*true')             # much cheaper than parsing some thousand 80 kB files
+GAMES, SENTENCES, FACTS = (
+    512,
+    512,
+    20_000,
+)  # how much the engine remembers, about 60 MB: see _engine_class
+SOLVABLE = re.compile(rb'"solvable":\s*true')  # much cheaper than parsing some thousand 80 kB files
 
 # Engines of closed envs, waiting for another game. Each new one maps its own copy of the planner's library, which is
 # never freed (about 2.5 MB) and crashes when unloaded by force; one that loads game after game does not grow.
@@ -81,8 +94,10 @@ def games(split):
     folder = data / "json_2.1.1" / split
     if not folder.is_dir():
         why = "" if named else "ALFWORLD_DATA is not set and "
-        raise RuntimeError(f"{why}there is no folder {folder}: download the data with `alfworld-download`, then set "
-                           "ALFWORLD_DATA to the folder that holds json_2.1.1")
+        raise RuntimeError(
+            f"{why}there is no folder {folder}: download the data with `alfworld-download`, then set "
+            "ALFWORLD_DATA to the folder that holds json_2.1.1"
+        )
     return _scan(folder)
 
 
@@ -90,12 +105,18 @@ def games(split):
 def _scan(folder):
     """The playable games below `folder`, one split. Seconds for the 3553 training games, so once per process."""
     found = sorted(map(str, folder.rglob("game.tw-pddl")))
-    playable = tuple(file for file in found if task_type(file) in TASK_TYPES  # the seventh type moves receptacles,
-                     and "Sliced" not in Path(file).parts[-3]                 # which like slicing the text games lack
-                     and SOLVABLE.search(Path(file).read_bytes()))
+    playable = tuple(
+        file
+        for file in found
+        if task_type(file) in TASK_TYPES  # the seventh type moves receptacles,
+        and "Sliced" not in Path(file).parts[-3]  # which like slicing the text games lack
+        and SOLVABLE.search(Path(file).read_bytes())
+    )
     if not playable:
-        raise RuntimeError(f"0 playable games in {folder}, which holds {len(found)} game.tw-pddl files: "
-                           "complete the data with `alfworld-download`")
+        raise RuntimeError(
+            f"0 playable games in {folder}, which holds {len(found)} game.tw-pddl files: "
+            "complete the data with `alfworld-download`"
+        )
     return playable
 
 
@@ -130,13 +151,17 @@ class AlfworldEnv:
     def __init__(self, gamefile, max_steps=50):
         self.gamefile, self.max_steps = str(gamefile), max_steps
         self._game = json.loads(Path(gamefile).read_text(encoding="utf-8"))
-        self._engine, self._steps = None, None                  # _steps is None where no episode is running
+        self._engine, self._steps = None, None  # _steps is None where no episode is running
         self._demonstrator = Demonstrator(self.gamefile, self._game.get("walkthrough") or ())
         if not self._game.get("solvable"):
-            raise RuntimeError(f"{gamefile} is not marked solvable: winning it may be impossible, so it is not played")
+            raise RuntimeError(
+                f"{gamefile} is not marked solvable: winning it may be impossible, so it is not played"
+            )
         if '"move {o} to {r}"' not in self._game["grammar"]:
-            raise RuntimeError(f"{gamefile} is of the older data release (`put X in/on Y`, today `move X to Y`): "
-                               "update the data with alfworld 0.4 or newer, `alfworld-download -f`")
+            raise RuntimeError(
+                f"{gamefile} is of the older data release (`put X in/on Y`, today `move X to Y`): "
+                "update the data with alfworld 0.4 or newer, `alfworld-download -f`"
+            )
 
     def reset(self, seed=None):
         """Begin the game: (observation, info). `seed` is accepted and ignored, nothing in a game is random."""
@@ -149,7 +174,10 @@ class AlfworldEnv:
                 self._engine = engine
             state = self._engine.reset()
         self._steps = 0
-        places = sorted((a.removeprefix("go to ") for a in state.admissible_commands if a.startswith("go to ")), key=natural)
+        places = sorted(
+            (a.removeprefix("go to ") for a in state.admissible_commands if a.startswith("go to ")),
+            key=natural,
+        )
         room, _, task = state.feedback.partition(TASK)
         self._task, self._page = task.strip(), Page(places, task)
         self._demonstrator.reset(self._page)
@@ -185,20 +213,39 @@ class AlfworldEnv:
 
     def _info(self, state):
         self._admissible = [a for a in state.admissible_commands if a != "help"]
-        return {"task": self._task, "task_type": task_type(self.gamefile),
-                "admissible": list(self._admissible), "subgoals": self._demonstrator.subgoals(), "page": str(self._page),
-                "won": bool(state.won), "score": float(state.won), "gamefile": self.gamefile}
+        return {
+            "task": self._task,
+            "task_type": task_type(self.gamefile),
+            "admissible": list(self._admissible),
+            "subgoals": self._demonstrator.subgoals(),
+            "page": str(self._page),
+            "won": bool(state.won),
+            "score": float(state.won),
+            "gamefile": self.gamefile,
+        }
 
 
 def _new_engine():
-    if sys.version_info >= (3, 13):  # it installs, but its grammar writes to locals(), a mere copy since 3.13
-        raise RuntimeError("ALFWorld's engine, textworld, fails on Python 3.13 and newer: use Python 3.10 to 3.12")
+    if sys.version_info >= (
+        3,
+        13,
+    ):  # it installs, but its grammar writes to locals(), a mere copy since 3.13
+        raise RuntimeError(
+            "ALFWorld's engine, textworld, fails on Python 3.13 and newer: use Python 3.10 to 3.12"
+        )
     try:
         from textworld import EnvInfos
+
         return _engine_class()(EnvInfos(won=True, admissible_commands=True))
-    except (ImportError, OSError, RuntimeError) as error:  # the last two: its native library did not build
-        raise RuntimeError(f"ALFWorld needs textworld with its PDDL engine ({error}): "
-                           "pip install -r requirements-alfworld.txt") from error
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+    ) as error:  # the last two: its native library did not build
+        raise RuntimeError(
+            f"ALFWorld needs textworld with its PDDL engine ({error}): "
+            "pip install -r requirements-alfworld.txt"
+        ) from error
 
 
 @functools.lru_cache(maxsize=None)
@@ -212,13 +259,31 @@ def _engine_class():
     from textworld.envs.pddl import PddlEnv, textgen
 
     pddl2sas = fast_downward.pddl2sas
-    translate = functools.lru_cache(GAMES)(lambda *game: zlib.compress(pickle.dumps(pddl2sas(*game)), 1))    # 1 MB in 60 kB
+    translate = functools.lru_cache(GAMES)(
+        lambda *game: zlib.compress(pickle.dumps(pddl2sas(*game)), 1)
+    )  # 1 MB in 60 kB
     parse = functools.lru_cache(SENTENCES)(textgen._parse_and_convert)
     memories = (  # where the engine looks a function up, its name there, and what stands there while the engine works
-        (fast_downward, "pddl2sas", lambda domain, problem, verbose=False, optimize=False:
-            (None, "") if optimize else pickle.loads(zlib.decompress(translate(domain, problem)))),        # optimized: for a planner
-        (textgen, "_parse_and_convert", lambda *text, **how: copy.deepcopy(parse(*text, **how))),  # it writes into the symbols
-        (textgen.Rule, "parse_conjunctive_query", functools.lru_cache(SENTENCES)(textgen.Rule.parse_conjunctive_query)))
+        (
+            fast_downward,
+            "pddl2sas",
+            lambda domain, problem, verbose=False, optimize=False: (
+                (None, "")
+                if optimize
+                else pickle.loads(zlib.decompress(translate(domain, problem)))
+            ),
+        ),  # optimized: for a planner
+        (
+            textgen,
+            "_parse_and_convert",
+            lambda *text, **how: copy.deepcopy(parse(*text, **how)),
+        ),  # it writes into the symbols
+        (
+            textgen.Rule,
+            "parse_conjunctive_query",
+            functools.lru_cache(SENTENCES)(textgen.Rule.parse_conjunctive_query),
+        ),
+    )
 
     def remembering(method):
         @functools.wraps(method)
@@ -228,6 +293,7 @@ def _engine_class():
                     stack.callback(setattr, place, name, vars(place)[name])
                     setattr(place, name, memory)
                 return method(*args)
+
         return wrapped
 
     class Engine(PddlEnv):
@@ -240,7 +306,9 @@ def _engine_class():
         @remembering
         def load(self, game):
             facts = getattr(mementos.core, "_memento_cache", {})
-            if len(facts) > FACTS:  # textworld keeps every fact of every game, 1.6 MB a game; equal ones may be made anew
+            if (
+                len(facts) > FACTS
+            ):  # textworld keeps every fact of every game, 1.6 MB a game; equal ones may be made anew
                 facts.clear()
             PddlEnv.load(self, game)
             self._commands = {}  # template and the identifiers in it -> words, which depend on nothing that changes
@@ -249,8 +317,13 @@ def _engine_class():
             """PddlEnv's, less what is not read here; a command is rendered when it is first admissible."""
             actions = list(self._pddl_state.all_applicable_actions())
             commands = list(map(self._command, actions))
-            self.state.update(won=self._pddl_state.check_goal(), lost=False, _valid_actions=actions,
-                              _valid_commands=commands, admissible_commands=sorted(set(commands)))
+            self.state.update(
+                won=self._pddl_state.check_goal(),
+                lost=False,
+                _valid_actions=actions,
+                _valid_commands=commands,
+                admissible_commands=sorted(set(commands)),
+            )
 
         def _command(self, action):
             template, mapping = action.command_template, action.mapping
@@ -258,9 +331,19 @@ def _engine_class():
             key = template, *(of.name for kind, of in mapping.items() if kind.name in words)
             if key not in self._commands:
                 variables = {kind.name: self._entity_infos[of.name] for kind, of in mapping.items()}
-                text = self._logic.grammar.derive(template, {"state": self._pddl_state, "facts": [], "variables": variables,
-                                                             "mapping": mapping, "entity_infos": self._entity_infos})
-                self._commands[key] = text.format(**{k: info.name for k, info in self._entity_infos.items()})
+                text = self._logic.grammar.derive(
+                    template,
+                    {
+                        "state": self._pddl_state,
+                        "facts": [],
+                        "variables": variables,
+                        "mapping": mapping,
+                        "entity_infos": self._entity_infos,
+                    },
+                )
+                self._commands[key] = text.format(
+                    **{k: info.name for k, info in self._entity_infos.items()}
+                )
             return self._commands[key]
 
     return Engine

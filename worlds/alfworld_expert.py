@@ -8,6 +8,7 @@
 Where a thing lies that he has not seen he pretends not to know: he begins up to four places before and looks into all that the page names
 as unseen, one after the other. Nothing here needs the engine; admissible actions are lists of str.
 """
+
 import re
 import zlib
 from pathlib import Path
@@ -19,14 +20,20 @@ class Demonstrator:
     """gamefile: the names of its folders decide where a search begins. walkthrough: actions that win the game; empty for no advice."""
 
     def __init__(self, gamefile, walkthrough):
-        self._game, here = "/".join(Path(gamefile).parts[-3:-1]), None     # wherever the data lies
-        self._where, self._kind, self._seek, self._treat, self._dest, self._light, self._lamp = [""] * 7
-        for action in walkthrough:                              # what it gives away
+        self._game, here = "/".join(Path(gamefile).parts[-3:-1]), None  # wherever the data lies
+        self._where, self._kind, self._seek, self._treat, self._dest, self._light, self._lamp = [
+            ""
+        ] * 7
+        for action in walkthrough:  # what it gives away
             verb, thing, place = parts(action)
             if verb == "go":
                 here = place
             elif verb == "take":
-                self._where, self._kind, self._seek = self._where or place, self._kind or kind(thing), self._seek or subgoal_of(action)
+                self._where, self._kind, self._seek = (
+                    self._where or place,
+                    self._kind or kind(thing),
+                    self._seek or subgoal_of(action),
+                )
             elif verb in APPLIANCES:
                 self._treat = verb
             elif verb == "move":
@@ -42,7 +49,13 @@ class Demonstrator:
         """Keep in mind what lies where it shall."""
         if verb == "take":
             self._delivered.discard(thing)
-        elif verb == "move" and self._dest and kind(place) == kind(self._dest) and kind(thing) == self._kind and self._treated(thing):
+        elif (
+            verb == "move"
+            and self._dest
+            and kind(place) == kind(self._dest)
+            and kind(thing) == self._kind
+            and self._treated(thing)
+        ):
             self._delivered.add(thing)
 
     def advise(self, subgoal, admissible):
@@ -65,8 +78,11 @@ class Demonstrator:
             return [self._seek]
         if kind(self._page.held) != self._kind:
             return [f"put down {kind(self._page.held)}"]
-        treat = [subgoal_of(f"{verb} {self._page.held} with {place}") for verb, place in APPLIANCES.items()
-                 if place in self._page.places and verb not in self._page.marks.get(self._page.held, ())]
+        treat = [
+            subgoal_of(f"{verb} {self._page.held} with {place}")
+            for verb, place in APPLIANCES.items()
+            if place in self._page.places and verb not in self._page.marks.get(self._page.held, ())
+        ]
         bring = [subgoal_of(f"move {self._page.held} to {self._dest}")] if self._dest else []
         return treat + [self._light] * bool(self._light) + bring
 
@@ -89,30 +105,54 @@ class Demonstrator:
             return self._find(admissible)
         if verb == "use":
             here = [a for a in admissible if a.startswith(subgoal)]
-            return here[0] if here else self._toward(subgoal.removeprefix("use "), self._lamp, admissible)
+            return (
+                here[0]
+                if here
+                else self._toward(subgoal.removeprefix("use "), self._lamp, admissible)
+            )
         if verb in APPLIANCES:
             place = APPLIANCES[verb]
-            return next((a for a in (f"{verb} {held} with {place}", f"go to {place}") if a in admissible), None)
-        if subgoal.startswith("put down"):                      # not everything can be put everywhere
-            return next((a for a in admissible if a.startswith(f"move {held} to ")), None) or reach(self._page.around(), admissible)
+            return next(
+                (a for a in (f"{verb} {held} with {place}", f"go to {place}") if a in admissible),
+                None,
+            )
+        if subgoal.startswith("put down"):  # not everything can be put everywhere
+            return next((a for a in admissible if a.startswith(f"move {held} to ")), None) or reach(
+                self._page.around(), admissible
+            )
         spot = next(place for place in self._page.places if kind(place) == kind(self._dest))
         return reach([spot], admissible) or f"move {held} to {spot}"
 
     def _find(self, admissible):
         """Take one of the things, or go on towards one."""
-        wanted = (a for a in admissible if a.startswith(f"take {self._kind} ") and parts(a)[1] not in self._delivered)
+        wanted = (
+            a
+            for a in admissible
+            if a.startswith(f"take {self._kind} ") and parts(a)[1] not in self._delivered
+        )
         return next(wanted, None) or self._toward(self._kind, self._where, admissible)
 
     def _toward(self, sort, place, admissible):
         """Go where a thing of this kind was seen; else into the next place unseen; at the game's beginning near `place`, where one is."""
-        seen = [place for thing, place in self._page.lies.items() if kind(thing) == sort and thing not in self._delivered]
+        seen = [
+            place
+            for thing, place in self._page.lies.items()
+            if kind(thing) == sort and thing not in self._delivered
+        ]
         if not seen and not self._page.place:
-            seen = [self._page.places[max(0, self._page.places.index(place) - zlib.crc32(self._game.encode()) % 5)]]
-        return reach(seen[:1] or [place for place in self._page.around() if place not in self._page.known], admissible)
+            seen = [
+                self._page.places[
+                    max(0, self._page.places.index(place) - zlib.crc32(self._game.encode()) % 5)
+                ]
+            ]
+        return reach(
+            seen[:1] or [place for place in self._page.around() if place not in self._page.known],
+            admissible,
+        )
 
 
 def parts(action):
-    """"take mug 1 from desk 2" -> ("take", "mug 1", "desk 2"); "go to desk 2" -> ("go", "", "desk 2"); "use desklamp 1" -> (..., "")"""
+    """ "take mug 1 from desk 2" -> ("take", "mug 1", "desk 2"); "go to desk 2" -> ("go", "", "desk 2"); "use desklamp 1" -> (..., "")"""
     verb, _, rest = action.partition(" ")
     thing, *place = re.split("(?:^| )(?:from|to|with) ", rest, maxsplit=1)
     return verb, thing, "".join(place)
@@ -140,7 +180,15 @@ def subgoal_of(deed):
 def reach(places, admissible):
     """The next action on the way to the first of `places` that one does not stand at with its door open; None where that is done.
     Two places may be one spot to stand on."""
-    return next((action for place in places for action in (f"go to {place}", f"open {place}") if action in admissible), None)
+    return next(
+        (
+            action
+            for place in places
+            for action in (f"go to {place}", f"open {place}")
+            if action in admissible
+        ),
+        None,
+    )
 
 
 def disguise(episodes, rng):
@@ -155,6 +203,13 @@ def disguise(episodes, rng):
     things = sorted(set(re.findall(r"\b([a-z]+) \d", text)) - reached)
     word, shown = re.compile(rf"\b({'|'.join(places + things)})\b"), []
     for turns in episodes:
-        called = dict(zip(places + things, rng.sample(places, len(places)) + rng.sample(things, len(things))))
-        shown.append([(*(word.sub(lambda name: called[name[0]], text) for text in texts), left) for *texts, left in turns])
+        called = dict(
+            zip(places + things, rng.sample(places, len(places)) + rng.sample(things, len(things)))
+        )
+        shown.append(
+            [
+                (*(word.sub(lambda name: called[name[0]], text) for text in texts), left)
+                for *texts, left in turns
+            ]
+        )
     return shown

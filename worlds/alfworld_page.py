@@ -7,12 +7,13 @@ names. `At` tells the place and what lies in it, or that it is closed; `Named` t
 lies there; `Seen` what lies elsewhere; `Lamp` where the task's lamp is; `Unseen` the places not yet looked into, in the order of
 their names, round from where one is. What is in hand has the marks of what was done to it: `Hold mug 2 clean`.
 """
+
 import re
 
 from worlds.alfworld_expert import APPLIANCES, kind
 
 NOTHING = "Nothing happens."
-LAMPS = ("desklamp", "floorlamp")                           # which nobody takes
+LAMPS = ("desklamp", "floorlamp")  # which nobody takes
 
 
 class Page:
@@ -20,7 +21,15 @@ class Page:
 
     def __init__(self, places, task):
         self.places, self.words = places, set(re.findall(r"[a-z]+", task))
-        self.place, self.held, self.lies, self.known, self.shut, self.marks, self.nothing = None, None, {}, set(), set(), {}, False
+        self.place, self.held, self.lies, self.known, self.shut, self.marks, self.nothing = (
+            None,
+            None,
+            {},
+            set(),
+            set(),
+            {},
+            False,
+        )
 
     def follow(self, verb, thing, place, observation):
         """An action's parts (see alfworld_expert.parts) and what the engine answered."""
@@ -29,11 +38,15 @@ class Page:
             return
         if verb in ("go", "open", "close"):
             self.place = place = place or thing
-            (self.shut.add if "is closed" in observation or verb == "close" else self.shut.discard)(place)
+            (self.shut.add if "is closed" in observation or verb == "close" else self.shut.discard)(
+                place
+            )
             if "you see" in observation:
                 self.known.add(place)
                 self.lies = {what: where for what, where in self.lies.items() if where != place}
-                self.lies.update(dict.fromkeys(re.findall(r"\ban? ([a-z]+ \d+)", observation), place))
+                self.lies.update(
+                    dict.fromkeys(re.findall(r"\ban? ([a-z]+ \d+)", observation), place)
+                )
         elif verb == "take":
             self.held = thing
             self.lies.pop(thing, None)
@@ -41,7 +54,9 @@ class Page:
             self.held, self.lies[thing] = None, place
         elif verb in APPLIANCES:
             marks = self.marks.setdefault(thing, [])
-            marks[:] = [mark for mark in marks if "clean" in (verb, mark) and mark != verb] + [verb]           # what is heated is not cool
+            marks[:] = [mark for mark in marks if "clean" in (verb, mark) and mark != verb] + [
+                verb
+            ]  # what is heated is not cool
 
     def around(self):
         """All places in the order of their names, round from where one is."""
@@ -50,13 +65,45 @@ class Page:
 
     def __str__(self):
         named = lambda name: kind(name) in self.words
-        things = {thing: place for thing, place in self.lies.items() if named(thing) and kind(thing) not in LAMPS}
-        lying = {place: ", ".join(thing for thing, where in things.items() if where == place) for place in self.places}
-        at = "In the middle." if not self.place else f"At {self.place} closed." if self.place in self.shut else \
-            f"At {self.place}: {lying[self.place] or 'nothing'}."
-        lists = {"Seen": [f"{thing} at {place}" for thing, place in things.items() if place != self.place and not named(place)],
-                 "Named": [place + f" with {lying[place]}" * bool(lying[place]) for place in self.places if named(place)],
-                 "Lamp": [f"{thing} at {place}" for thing, place in self.lies.items() if named(thing) and kind(thing) in LAMPS],
-                 "Unseen": [place for place in self.around() if place not in self.known and place != self.place]}
+        things = {
+            thing: place
+            for thing, place in self.lies.items()
+            if named(thing) and kind(thing) not in LAMPS
+        }
+        lying = {
+            place: ", ".join(thing for thing, where in things.items() if where == place)
+            for place in self.places
+        }
+        at = (
+            "In the middle."
+            if not self.place
+            else f"At {self.place} closed."
+            if self.place in self.shut
+            else f"At {self.place}: {lying[self.place] or 'nothing'}."
+        )
+        lists = {
+            "Seen": [
+                f"{thing} at {place}"
+                for thing, place in things.items()
+                if place != self.place and not named(place)
+            ],
+            "Named": [
+                place + f" with {lying[place]}" * bool(lying[place])
+                for place in self.places
+                if named(place)
+            ],
+            "Lamp": [
+                f"{thing} at {place}"
+                for thing, place in self.lies.items()
+                if named(thing) and kind(thing) in LAMPS
+            ],
+            "Unseen": [
+                place for place in self.around() if place not in self.known and place != self.place
+            ],
+        }
         hold = " ".join([self.held or "nothing", *self.marks.get(self.held, ())])
-        return " ".join([NOTHING] * self.nothing + [at, f"Hold {hold}."] + [f"{name} {', '.join(x)}." for name, x in lists.items() if x])
+        return " ".join(
+            [NOTHING] * self.nothing
+            + [at, f"Hold {hold}."]
+            + [f"{name} {', '.join(x)}." for name, x in lists.items() if x]
+        )

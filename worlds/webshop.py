@@ -17,6 +17,7 @@ Splits. All goals are shuffled once (seed 233, the original's); the first 500 ar
 goals (one in the 1000 products). In the released code of the paper's line each worker process shuffles for itself, so that training
 meets the test goals: `overlap` says how many. Even so a test goal is seldom a new product: it asks for other options of one (96 %).
 """
+
 import functools
 import os
 import random
@@ -26,9 +27,9 @@ import sys
 from worlds.webshop_engine import SUBPAGES, Catalogue, WebShop
 
 SPLITS = ("train", "test")
-IN_PROCESS = True                                                   # pure Python: envs.Runner may keep many in one process
+IN_PROCESS = True  # pure Python: envs.Runner may keep many in one process
 MAX_STEPS = 15
-TEST, SHUFFLE = 500, 233                                            # goals in test; the seed of the one shuffle
+TEST, SHUFFLE = 500, 233  # goals in test; the seed of the one shuffle
 
 
 def size(split):
@@ -65,12 +66,18 @@ def _folder():
 def _load(folder):
     """(catalogue, {split: goals}), read once per process and shared by its envs."""
     if not folder:
-        print("WEBSHOP_DATA is not set: a made-up catalogue stands in for WebShop's products.", file=sys.stderr)
+        print(
+            "WEBSHOP_DATA is not set: a made-up catalogue stands in for WebShop's products.",
+            file=sys.stderr,
+        )
     catalogue = Catalogue.load(folder) if folder else Catalogue(*made_up())
     shuffled = [catalogue.goals[i] for i in _shuffled(len(catalogue.goals), SHUFFLE)]
     test, same = shuffled[:TEST], lambda goal: (goal["asin"], goal["instruction"])
-    seen = set(map(same, test))                                     # a product may list one value twice
-    return catalogue, {"test": test, "train": [goal for goal in shuffled[TEST:] if same(goal) not in seen]}
+    seen = set(map(same, test))  # a product may list one value twice
+    return catalogue, {
+        "test": test,
+        "train": [goal for goal in shuffled[TEST:] if same(goal) not in seen],
+    }
 
 
 def _shuffled(number, seed):
@@ -106,29 +113,49 @@ class WebShopEnv:
         pass
 
     def _info(self):
-        actions = ["search[<your query>]"] * (self.shop.page == "index") + [f"click[{text}]" for text in self.shop.clickables]
-        return {"task": self.goal["instruction"], "task_type": self.product.category, "admissible": actions,
-                "won": self.shop.score == 1.0, "score": self.shop.score,
-                "subgoals": self.subgoals(), "progress": self._progress(), "page": self._page()}
+        actions = ["search[<your query>]"] * (self.shop.page == "index") + [
+            f"click[{text}]" for text in self.shop.clickables
+        ]
+        return {
+            "task": self.goal["instruction"],
+            "task_type": self.product.category,
+            "admissible": actions,
+            "won": self.shop.score == 1.0,
+            "score": self.shop.score,
+            "subgoals": self.subgoals(),
+            "progress": self._progress(),
+            "page": self._page(),
+        }
 
     def _page(self):
         """What the shop shows, in a line, for a model too small to read all of it: of a product the first words of its name, the values
         that the instruction asks for, of options not yet chosen, and those chosen; of ten results the first words."""
         shop, products = self.shop, self.shop.catalogue.products
-        brief = lambda asin: " ".join([asin, *re.findall(r"[a-z]+", products[asin].name.lower())[:5]])
+        brief = lambda asin: " ".join(
+            [asin, *re.findall(r"[a-z]+", products[asin].name.lower())[:5]]
+        )
         if shop.page == "results":
             return f"Results {shop.number}: {', '.join(map(brief, filter(None, shop.links.values()))) or 'none'}."
         if not shop.asin:
             return "Search."
-        left = [value for option, values in products[shop.asin].options.items() if option not in shop.options for value in values
-                if f": {value}," in self.goal["instruction"] + ","]
+        left = [
+            value
+            for option, values in products[shop.asin].options.items()
+            if option not in shop.options
+            for value in values
+            if f": {value}," in self.goal["instruction"] + ","
+        ]
         where = "Product" if shop.page == "item" else shop.page.capitalize() + " of"
         return f"{where} {brief(shop.asin)}. Options: {', '.join(left) or 'none'}. Chosen: {', '.join(shop.options.values()) or 'none'}."
 
     def _progress(self):
         """The share of the task's subtasks that are done: the product's page open, each of its options chosen."""
         opened = self.shop.asin == self.product.asin
-        chosen = sum(self.shop.options.get(option) == value for option, value in self._options.items()) if opened else 0
+        chosen = (
+            sum(self.shop.options.get(option) == value for option, value in self._options.items())
+            if opened
+            else 0
+        )
         return (opened + chosen) / (1 + len(self._options))
 
     # ---- the oracle buyer ---------------------------------------------------------------------------------------------
@@ -154,17 +181,32 @@ class WebShopEnv:
     def _plan(self):
         """The subgoal that serves the task now. Options come in the page's order: the page does not show what is chosen, so that the
         subgoal one carries is all that tells what comes next."""
-        missing = [f"choose {value}" for option, value in self._options.items() if self.shop.options.get(option) != value]
-        return (missing or ["buy"])[0] if self.shop.asin == self.product.asin else self.subgoals()[0]
+        missing = [
+            f"choose {value}"
+            for option, value in self._options.items()
+            if self.shop.options.get(option) != value
+        ]
+        return (
+            (missing or ["buy"])[0] if self.shop.asin == self.product.asin else self.subgoals()[0]
+        )
 
     def _pursue(self, subgoal):
         """The next action towards `subgoal`, or None where it is reached or not one of ours."""
         shop, value = self.shop, subgoal.removeprefix("choose ")
-        if subgoal not in self.subgoals() or shop.options.get(self.product.links.get(value)) == value:
+        if (
+            subgoal not in self.subgoals()
+            or shop.options.get(self.product.links.get(value)) == value
+        ):
             return None
         if shop.asin:
             wrong = shop.asin != self.product.asin or shop.page in SUBPAGES
-            return "click[< Prev]" if wrong else "click[Buy Now]" if subgoal == "buy" else f"click[{value}]"
+            return (
+                "click[< Prev]"
+                if wrong
+                else "click[Buy Now]"
+                if subgoal == "buy"
+                else f"click[{value}]"
+            )
         if subgoal == "open product":
             return f"click[{self.product.asin}]"
         if shop.page == "results" and self._number in shop.hits:
@@ -185,7 +227,9 @@ class WebShopEnv:
     def _options(self):
         """{option: value} as clicking the goal's values leaves them, in the page's order: a value that two options share goes to the
         later one."""
-        wanted = [value for value in self.goal["options"].values() if "[" not in value]         # which no action can say
+        wanted = [
+            value for value in self.goal["options"].values() if "[" not in value
+        ]  # which no action can say
         chosen = {self.product.links[value]: value for value in wanted if self.product.links[value]}
         return {option: chosen[option] for option in self.product.options if option in chosen}
 
@@ -198,26 +242,53 @@ class WebShopEnv:
         """What the instruction calls the product, and the values it asks for; where that does not find it, the instruction without its
         price, or the product's name."""
         short = " ".join([self.product.query, *self.goal["options"].values()])
-        whole = re.sub(r"^Find me |, and price lower than \S+ dollars$", "", self.goal["instruction"])
+        whole = re.sub(
+            r"^Find me |, and price lower than \S+ dollars$", "", self.goal["instruction"]
+        )
         find = self.shop.catalogue.index.search
-        return next((query for query in (short, whole) if self._number in find(query)), self.product.name)
+        return next(
+            (query for query in (short, whole) if self._number in find(query)), self.product.name
+        )
 
 
 # ---- a catalogue of nothing real ------------------------------------------------------------------------------------------
 
-KINDS = {                                                           # category -> department, products, attributes, options
-    "beauty": ("Beauty & Personal Care", "face cream,hair mask,lip balm,body lotion,shampoo,nail polish",
-               "cruelty free,paraben free,tea tree,long lasting,sensitive skin", {"size": "50 ml,100 ml,250 ml"}),
-    "electronics": ("Electronics", "headphones,phone case,power bank,desk lamp,keyboard,speaker",
-                    "fast charging,noise cancelling,easy to use,high speed,hands free", {"color": "", "style": "basic,plus,pro"}),
-    "fashion": ("Clothing, Shoes & Jewelry", "running shoes,winter jacket,jeans,summer dress,t-shirt,sandals",
-                "machine wash,rubber sole,slim fit,quick drying,elastic waist", {"color": "", "size": "small,medium,large,x-large"}),
-    "garden": ("Home & Kitchen", "coffee table,floor rug,wall clock,bookshelf,throw pillow,table lamp",
-               "easy assemble,space saving,solid wood,spot clean,living room", {"color": "", "size": "2 x 3 ft,4 x 6 ft,5 x 8 ft"}),
-    "grocery": ("Grocery & Gourmet Food", "green tea,trail mix,dark chocolate,pasta sauce,protein bar,olive oil",
-                "gluten free,non gmo,low sugar,plant based,dairy free", {"flavor name": "plain,chili,garlic", "size": "6 ounce,12 ounce"})}
-BRANDS = "Alder Bramble Corvo Dunmore Elmira Fennick Garrow Halden Isolde Junip Kestrel Lumen".split()
-SHADES = "black,blue,green,grey,orange,white"                       # every color
+KINDS = {  # category -> department, products, attributes, options
+    "beauty": (
+        "Beauty & Personal Care",
+        "face cream,hair mask,lip balm,body lotion,shampoo,nail polish",
+        "cruelty free,paraben free,tea tree,long lasting,sensitive skin",
+        {"size": "50 ml,100 ml,250 ml"},
+    ),
+    "electronics": (
+        "Electronics",
+        "headphones,phone case,power bank,desk lamp,keyboard,speaker",
+        "fast charging,noise cancelling,easy to use,high speed,hands free",
+        {"color": "", "style": "basic,plus,pro"},
+    ),
+    "fashion": (
+        "Clothing, Shoes & Jewelry",
+        "running shoes,winter jacket,jeans,summer dress,t-shirt,sandals",
+        "machine wash,rubber sole,slim fit,quick drying,elastic waist",
+        {"color": "", "size": "small,medium,large,x-large"},
+    ),
+    "garden": (
+        "Home & Kitchen",
+        "coffee table,floor rug,wall clock,bookshelf,throw pillow,table lamp",
+        "easy assemble,space saving,solid wood,spot clean,living room",
+        {"color": "", "size": "2 x 3 ft,4 x 6 ft,5 x 8 ft"},
+    ),
+    "grocery": (
+        "Grocery & Gourmet Food",
+        "green tea,trail mix,dark chocolate,pasta sauce,protein bar,olive oil",
+        "gluten free,non gmo,low sugar,plant based,dairy free",
+        {"flavor name": "plain,chili,garlic", "size": "6 ounce,12 ounce"},
+    ),
+}
+BRANDS = (
+    "Alder Bramble Corvo Dunmore Elmira Fennick Garrow Halden Isolde Junip Kestrel Lumen".split()
+)
+SHADES = "black,blue,green,grey,orange,white"  # every color
 
 
 def made_up(products=300, seed=0):
@@ -229,16 +300,35 @@ def made_up(products=300, seed=0):
         thing, traits = rng.choice(things.split(",")), rng.sample(traits.split(","), 3)
         name = f"{rng.choice(BRANDS)} {thing.title()} No. {number + 1}, {traits[0].title()}"
         low = rng.randint(300, 9000) / 100
-        choices = {option: rng.sample(values, rng.randint(1, len(values)))
-                   for option, values in ((option, (values or SHADES).split(",")) for option, values in options.items())}
-        items.append({
-            "asin": f"B{number:09d}", "name": name, "category": category, "query": thing, "page": 1, "images": [""],
-            "product_category": f"{department} \u203a {thing.title()}", "average_rating": "",
-            "full_description": f"A {thing} that is made for {traits[1]} and {traits[2]}.",
-            "small_description": [f"{trait.capitalize()} " for trait in traits],
-            "pricing": f"${low}" + f" to ${low + 10:.2f}" * (rng.random() < 0.1),
-            "customization_options": {key: [{"value": v, "image": None} for v in found] for key, found in choices.items()}})
+        choices = {
+            option: rng.sample(values, rng.randint(1, len(values)))
+            for option, values in (
+                (option, (values or SHADES).split(",")) for option, values in options.items()
+            )
+        }
+        items.append(
+            {
+                "asin": f"B{number:09d}",
+                "name": name,
+                "category": category,
+                "query": thing,
+                "page": 1,
+                "images": [""],
+                "product_category": f"{department} \u203a {thing.title()}",
+                "average_rating": "",
+                "full_description": f"A {thing} that is made for {traits[1]} and {traits[2]}.",
+                "small_description": [f"{trait.capitalize()} " for trait in traits],
+                "pricing": f"${low}" + f" to ${low + 10:.2f}" * (rng.random() < 0.1),
+                "customization_options": {
+                    key: [{"value": v, "image": None} for v in found]
+                    for key, found in choices.items()
+                },
+            }
+        )
         wanted = rng.sample(traits, 2)
-        instructions[items[-1]["asin"]] = {"attributes": traits, "instruction_attributes": wanted,
-                                           "instruction": f"Find me {wanted[0]} {thing} with {wanted[1]}"}
+        instructions[items[-1]["asin"]] = {
+            "attributes": traits,
+            "instruction_attributes": wanted,
+            "instruction": f"Find me {wanted[0]} {thing} with {wanted[1]}",
+        }
     return items, instructions

@@ -26,6 +26,7 @@ Differences from the original:
  4. Goals are the generated ones; those that people wrote (items_human_ins.json) are not read.
  5. Prices and then limits are drawn from `seed`; the original draws them anew each time it starts.
 """
+
 import functools
 import itertools
 import json
@@ -36,7 +37,10 @@ from pathlib import Path
 
 from worlds.webshop_search import STOP_WORDS, Index
 
-FILES = (("items_shuffle_1000.json", "items_ins_v2_1000.json"), ("items_shuffle.json", "items_ins_v2.json"))
+FILES = (
+    ("items_shuffle_1000.json", "items_ins_v2_1000.json"),
+    ("items_shuffle.json", "items_ins_v2.json"),
+)
 COLOURS = """alabaster apricot aqua ash asphalt azure banana beige black blue blush bordeaux bronze brown burgundy camel camo caramel
 champagne charcoal cheetah chestnut chocolate christmas coffee cognac copper coral cranberry cream crystal dark denim eggplant
 elephant espresso fuchsia gold granite grape graphite grass gray green grey heather indigo ivory ivy khaki lavender lemon leopard
@@ -64,22 +68,46 @@ class Product:
         bullets = raw["small_description"]
         self.asin, self.name, self.description = raw["asin"], raw["name"], raw["full_description"]
         self.bullets = bullets if isinstance(bullets, list) else [bullets]
-        self.attributes, self.category, self.query = attributes, raw["category"], raw["query"].lower().strip()
+        self.attributes, self.category, self.query = (
+            attributes,
+            raw["category"],
+            raw["query"].lower().strip(),
+        )
         self.levels = {level.strip() for level in raw["product_category"].split("\u203a")}
-        self.options = {name.lower(): [value["value"].strip().replace("/", " | ").lower() for value in values]
-                        for name, values in (raw["customization_options"] or {}).items() if values is not None}
-        self.prices = [float(re.sub(r"[^\d.]", "", price)) for price in (raw.get("pricing") or "").split("$")[1:]][:2] or [100.0]
+        self.options = {
+            name.lower(): [value["value"].strip().replace("/", " | ").lower() for value in values]
+            for name, values in (raw["customization_options"] or {}).items()
+            if values is not None
+        }
+        self.prices = [
+            float(re.sub(r"[^\d.]", "", price))
+            for price in (raw.get("pricing") or "").split("$")[1:]
+        ][:2] or [100.0]
         tag = " to ".join(f"${price}" for price in self.prices)
         self.hit = join(self.asin, self.name, tag)
-        self.page = join("Back to Search", "< Prev", *itertools.chain(*([name, *values] for name, values in self.options.items())),
-                         self.name, f"Price: {tag}", "Rating: N.A.", "Description", "Features", "Reviews", "Buy Now")
-        self.links = dict.fromkeys(("back to search", "< prev", *SUBPAGES, "buy now"))  # text -> option; None: a button
+        self.page = join(
+            "Back to Search",
+            "< Prev",
+            *itertools.chain(*([name, *values] for name, values in self.options.items())),
+            self.name,
+            f"Price: {tag}",
+            "Rating: N.A.",
+            "Description",
+            "Features",
+            "Reviews",
+            "Buy Now",
+        )
+        self.links = dict.fromkeys(
+            ("back to search", "< prev", *SUBPAGES, "buy now")
+        )  # text -> option; None: a button
         for name, values in self.options.items():
-            self.links.update(dict.fromkeys(values, name))                              # of two options the later has it
+            self.links.update(dict.fromkeys(values, name))  # of two options the later has it
 
     def text(self):
         """What the search knows of it."""
-        options = ", and ".join(f"{name}: {', '.join(values)}" for name, values in self.options.items())
+        options = ", and ".join(
+            f"{name}: {', '.join(values)}" for name, values in self.options.items()
+        )
         return " ".join([self.name, self.description, *self.bullets[:1], options])
 
 
@@ -99,13 +127,17 @@ class Catalogue:
         try:
             from rapidfuzz import fuzz, utils
         except ImportError as error:
-            raise RuntimeError("WebShop needs the package rapidfuzz, which is not installed: "
-                               "pip install -r requirements-webshop.txt") from error
-        latin1 = dict.fromkeys(range(128, 256))                                         # what thefuzz takes for "not ASCII"
-        plain = functools.lru_cache(maxsize=10_000)(lambda text: utils.default_process(str(text).translate(latin1)))
+            raise RuntimeError(
+                "WebShop needs the package rapidfuzz, which is not installed: "
+                "pip install -r requirements-webshop.txt"
+            ) from error
+        latin1 = dict.fromkeys(range(128, 256))  # what thefuzz takes for "not ASCII"
+        plain = functools.lru_cache(maxsize=10_000)(
+            lambda text: utils.default_process(str(text).translate(latin1))
+        )
         self.alike = lambda a, b: round(fuzz.token_set_ratio(plain(a), plain(b))) > 85
         self.nouns = functools.lru_cache(maxsize=10_000)(nouns or title_words)
-        self.products = {}                                                              # asin -> Product
+        self.products = {}  # asin -> Product
         for raw in products:
             if raw["asin"] != "nan" and len(raw["asin"]) <= 10 and raw["asin"] not in self.products:
                 attributes = instructions.get(raw["asin"], {}).get("attributes", ["DUMMY_ATTR"])
@@ -113,9 +145,16 @@ class Catalogue:
         self.order = list(self.products.values())
         self.index = Index([product.text() for product in self.order])
         rng = random.Random(seed)
-        self.prices = {p.asin: p.prices[0] if len(p.prices) == 1 else rng.uniform(*p.prices) for p in self.order}
-        self.goals = [goal for p in self.order if instructions.get(p.asin, {}).get("instruction")
-                      for goal in self._goals(p, instructions[p.asin], rng)]
+        self.prices = {
+            p.asin: p.prices[0] if len(p.prices) == 1 else rng.uniform(*p.prices)
+            for p in self.order
+        }
+        self.goals = [
+            goal
+            for p in self.order
+            if instructions.get(p.asin, {}).get("instruction")
+            for goal in self._goals(p, instructions[p.asin], rng)
+        ]
 
     @classmethod
     def load(cls, data_dir, *, seed=42, nouns=None):
@@ -124,18 +163,24 @@ class Catalogue:
         RuntimeError: the folder or a file is missing, or a file is not JSON."""
         folder = Path(data_dir)
         if not folder.is_dir():
-            raise RuntimeError(f"there is no folder {folder}: set WEBSHOP_DATA to the one that holds {' and '.join(FILES[0])}, "
-                               f"or {' and '.join(FILES[1])}")
+            raise RuntimeError(
+                f"there is no folder {folder}: set WEBSHOP_DATA to the one that holds {' and '.join(FILES[0])}, "
+                f"or {' and '.join(FILES[1])}"
+            )
         names = next((pair for pair in FILES if (folder / pair[0]).is_file()), FILES[0])
         parsed = []
         for name in names:
             try:
                 parsed.append(json.loads((folder / name).read_text(encoding="utf-8")))
             except FileNotFoundError:
-                raise RuntimeError(f"{folder} has no {name}: WebShop needs {' and '.join(FILES[0])}, "
-                                   f"or {' and '.join(FILES[1])}") from None
+                raise RuntimeError(
+                    f"{folder} has no {name}: WebShop needs {' and '.join(FILES[0])}, "
+                    f"or {' and '.join(FILES[1])}"
+                ) from None
             except ValueError as error:
-                raise RuntimeError(f"{folder / name} is not a JSON file ({error}): download it again") from None
+                raise RuntimeError(
+                    f"{folder / name} is not a JSON file ({error}): download it again"
+                ) from None
         return cls(*parsed, seed=seed, nouns=nouns)
 
     def _goals(self, product, instruction, rng):
@@ -146,23 +191,37 @@ class Catalogue:
             options = dict(zip(names, values))
             text = instruction["instruction"]
             if options:
-                text += " with " + ", and ".join(f"{name}: {value}" for name, value in options.items())
+                text += " with " + ", and ".join(
+                    f"{name}: {value}" for name, value in options.items()
+                )
             if len(limits) > 1:
                 text += f", and price lower than {limit:.2f} dollars"
-            yield {"asin": product.asin, "instruction": text, "attributes": instruction["instruction_attributes"],
-                   "options": options, "price_upper": limit}
+            yield {
+                "asin": product.asin,
+                "instruction": text,
+                "attributes": instruction["instruction_attributes"],
+                "options": options,
+                "price_upper": limit,
+            }
 
     def score(self, goal, asin, options):
         """What buying product `asin` with `options` ({name: value}) scores for `goal`: float, 0 to 1."""
         wanted, bought = self.products[goal["asin"]], self.products[asin]
         nouns = self.nouns(wanted.name)
         overlap = len(set(nouns) & set(self.nouns(bought.name))) / len(nouns) if nouns else 0.2
-        related = overlap > 0.2 or wanted.query == bought.query or len(wanted.levels & bought.levels) >= 2
+        related = (
+            overlap > 0.2 or wanted.query == bought.query or len(wanted.levels & bought.levels) >= 2
+        )
         kind = 0.0 if overlap == 0 else 0.1 if overlap < 0.1 else 1.0 if related else 0.5
         texts = [bought.name.lower(), " ".join(bought.bullets).lower(), bought.description.lower()]
-        hits = sum(any(self.alike(own, attribute) for own in bought.attributes) or any(attribute in text for text in texts)
-                   for attribute in goal["attributes"])
-        pairs = list(goal["options"].items() if isinstance(goal["options"], Mapping) else goal["options"])
+        hits = sum(
+            any(self.alike(own, attribute) for own in bought.attributes)
+            or any(attribute in text for text in texts)
+            for attribute in goal["attributes"]
+        )
+        pairs = list(
+            goal["options"].items() if isinstance(goal["options"], Mapping) else goal["options"]
+        )
         chosen = [colour(value) for value in options.values()]
         hits += sum(any(self.alike(value, colour(pair)) for value in chosen) for pair in pairs)
         hits += self.prices[asin] <= goal["price_upper"]
@@ -196,7 +255,11 @@ class WebShop:
     def observation(self):
         if self.done:
             return self.body
-        return join("WebShop" * (self.page == "index"), "Instruction:", self.goal["instruction"]) + " [SEP] " + self.body
+        return (
+            join("WebShop" * (self.page == "index"), "Instruction:", self.goal["instruction"])
+            + " [SEP] "
+            + self.body
+        )
 
     def step(self, action):
         """-> (observation, score of the purchase or 0.0, done). RuntimeError: bought already, or not begun."""
@@ -220,7 +283,7 @@ class WebShop:
         elif self.page == "results" and text in ("next >", "< prev"):
             self._results(self.query, self.number + (1 if text == "next >" else -1))
         elif text == "< prev" and self.page == "item":
-            self._results(self.query, self.number)                                      # which forgets the options
+            self._results(self.query, self.number)  # which forgets the options
         elif text in SUBPAGES:
             self._subpage(text)
         else:
@@ -235,13 +298,28 @@ class WebShop:
         self.query, self.number, self.asin, self.options = "", 0, None, {}
 
     def _results(self, query, number):
-        self.page, self.query, self.number, self.asin, self.options = "results", query, number, None, {}
+        self.page, self.query, self.number, self.asin, self.options = (
+            "results",
+            query,
+            number,
+            None,
+            {},
+        )
         self.hits = self.catalogue.index.search(query)
-        shown = [self.catalogue.order[i] for i in self.hits[10 * number - 10:10 * number]]
+        shown = [self.catalogue.order[i] for i in self.hits[10 * number - 10 : 10 * number]]
         buttons = ["Back to Search", *["< Prev"] * (number > 1), "Next >"]
-        self.links = {**dict.fromkeys(map(str.lower, buttons)), **{product.asin.lower(): product.asin for product in shown}}
-        self.body = " [SEP] ".join([buttons[0], f"Page {number} (Total results: {len(self.hits)})", *buttons[1:],
-                                    *(product.hit for product in shown)])
+        self.links = {
+            **dict.fromkeys(map(str.lower, buttons)),
+            **{product.asin.lower(): product.asin for product in shown},
+        }
+        self.body = " [SEP] ".join(
+            [
+                buttons[0],
+                f"Page {number} (Total results: {len(self.hits)})",
+                *buttons[1:],
+                *(product.hit for product in shown),
+            ]
+        )
 
     def _item(self):
         product = self.catalogue.products[self.asin]
@@ -249,7 +327,10 @@ class WebShop:
 
     def _subpage(self, page):
         product = self.catalogue.products[self.asin]
-        texts = {"description": [product.description], "features": [" " + bullet for bullet in product.bullets],
-                 "reviews": ["No reviews found"]}[page]
+        texts = {
+            "description": [product.description],
+            "features": [" " + bullet for bullet in product.bullets],
+            "reviews": ["No reviews found"],
+        }[page]
         self.page, self.links = page, dict.fromkeys(("back to search", "< prev"))
         self.body = join("Back to Search", "< Prev", *texts)

@@ -1,11 +1,13 @@
-"""How fast is ALFWorld through alfworld_env, against textworld's engine as it comes; and does every game's walkthrough win?
+"""How fast is ALFWorld with the engine's caches, compared to textworld's own engine?
 
-    ALFWORLD_DATA=folder python benchmarks/alfworld.py             # about a minute on one core
-    ALFWORLD_DATA=folder python benchmarks/alfworld.py --all       # and every game of every split, one process per core
+    ALFWORLD_DATA=folder python benchmarks/alfworld.py         # about a minute on one core
+    ALFWORLD_DATA=folder python benchmarks/alfworld.py --all   # and play every game's walkthrough
 
-Both play the same random actions in one game of each task type of valid_unseen; every observation and every list of admissible
-actions must be the same. "first" is the reset of a game that is new to the process, "again" that of another env of the same game,
-as the groups of training need it. Last line: how many times the steps per second of textworld's engine.
+Both engines play the same random actions in one game of each task type of valid_unseen. Every
+observation and every list of admissible actions must be the same. "first" is the reset of a game
+that is new to the process. "again" is the reset of another env of the same game, as in the groups
+of training. The last line gives the ratio of the steps per second. --all uses one process per core
+and says how many walkthroughs win.
 """
 
 import argparse
@@ -20,17 +22,16 @@ from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
-sys.path[0] = str(
-    Path(__file__).resolve().parent.parent
-)  # the project; and this file bears the name of a package
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tqdm import tqdm
 
-from worlds import alfworld as alfworld_env
+from worlds import alfworld, alfworld_engine
 
 STEPS = 50  # per game
 
 
-def clocked(times, call, *args):
+def timed(times, call, *args):
+    """Call, and append the seconds it took to `times`."""
     start = time.perf_counter()
     result = call(*args)
     times.append(time.perf_counter() - start)
@@ -38,84 +39,103 @@ def clocked(times, call, *args):
 
 
 def random_walk(index, times):
-    """Reset two envs of a game, one after the other, and walk about in the second -> all that was seen."""
-    rng, seen = random.Random(index), []
-    for reset in ("first", "again"):
-        env = alfworld_env.make("valid_unseen", index, max_steps=STEPS)
-        seen.append(clocked(times[reset], env.reset))
-        if reset == "first":
-            env.close()
-    while len(seen) < 2 + STEPS and not seen[-1][-1]["won"]:
-        seen.append(clocked(times["step"], env.step, rng.choice(seen[-1][-1]["admissible"])))
+    """Reset two envs of a game, one after the other, and walk in the second -> all outputs."""
+    rng = random.Random(index)
+    first = alfworld.make("valid_unseen", index, max_steps=STEPS)
+    outputs = [timed(times["first"], first.reset)]
+    first.close()
+    env = alfworld.make("valid_unseen", index, max_steps=STEPS)
+    outputs.append(timed(times["again"], env.reset))
+    info = outputs[-1][-1]
+    while len(outputs) < 2 + STEPS and not info["won"]:
+        action = rng.choice(info["admissible"])
+        outputs.append(timed(times["step"], env.step, action))
+        info = outputs[-1][-1]
     env.close()
-    return seen
+    return outputs
 
 
-def walkthrough(split, index):
-    """Plays a game's walkthrough -> (won, steps)."""
-    env = alfworld_env.make(split, index, max_steps=1000)
-    _, info = env.reset()
-    steps = json.loads(Path(env.gamefile).read_text(encoding="utf-8"))["walkthrough"]
-    for action in steps:
-        info = env.step(action)[-1]
-    env.close()
-    return info["won"], len(steps)
+def measure(name, engine, indices, bar):
+    """Walk in all games with an engine class -> (all outputs, {what: seconds of each call})."""
+    times = {"first": [], "again": [], "step": []}
+    outputs = []
+    bar.set_description(name)
+    with mock.patch.multiple(alfworld_engine, engine_class=lambda: engine, idle_engines=[]):
+        for index in indices:
+            outputs.append(random_walk(index, times))
+            bar.update()
+    return outputs, times
 
 
 def compare():
-    """-> {path: median seconds of "first", "again" and "step", and the steps per second}, ours and the stock engine's."""
+    """-> {engine: {"first", "again", "step": median seconds, "rate": steps per second}}"""
     from textworld.envs.pddl import PddlEnv
 
-    kinds = [alfworld_env.task_type(file) for file in alfworld_env.games("valid_unseen")]
-    indices, seen, medians = (
-        [kinds.index(kind) for kind in alfworld_env.TASK_TYPES if kind in kinds],
-        {},
-        {},
-    )
-    bar = tqdm(total=2 * len(indices), unit="game", leave=False)
-    for path, engine in (("ours", alfworld_env._engine_class()), ("stock", PddlEnv)):
-        times, seen[path] = {"first": [], "again": [], "step": []}, []
-        with mock.patch.multiple(alfworld_env, _engine_class=lambda: engine, _idle=[]):
-            for index in indices:
-                seen[path].append(random_walk(index, times))
-                bar.update()
-        medians[path] = {kind: statistics.median(values) for kind, values in times.items()}
-        medians[path]["rate"] = len(times["step"]) / sum(times["step"])
-    bar.close()
-    assert seen["ours"] == seen["stock"], "the two engines do not say the same"
+    kinds = [alfworld.task_type(file) for file in alfworld.games("valid_unseen")]
+    indices = [kinds.index(kind) for kind in alfworld.TASK_TYPES if kind in kinds]
+    engines = {"ours": alfworld_engine.engine_class(), "stock": PddlEnv}
+    outputs = {}
+    results = {}
+    with tqdm(total=2 * len(indices), unit="game", leave=False) as bar:
+        for name, engine in engines.items():
+            outputs[name], times = measure(name, engine, indices, bar)
+            results[name] = {what: statistics.median(values) for what, values in times.items()}
+            results[name]["rate"] = len(times["step"]) / sum(times["step"])
+    assert outputs["ours"] == outputs["stock"], "the two engines' outputs differ"
     print(
-        f"{len(times['step'])} steps in {len(indices)} games: every observation and list of actions is the same"
+        f"{len(times['step'])} steps in {len(indices)} games: "
+        "every observation and list of actions is the same"
     )
-    return medians
+    return results
+
+
+def play_walkthrough(split, index):
+    """-> (won, steps)"""
+    env = alfworld.make(split, index, max_steps=1000)
+    _, info = env.reset()
+    actions = json.loads(Path(env.gamefile).read_text(encoding="utf-8"))["walkthrough"]
+    for action in actions:
+        *_, info = env.step(action)
+    env.close()
+    return info["won"], len(actions)
+
+
+def play_all_walkthroughs(processes):
+    start = time.perf_counter()
+    splits = []
+    indices = []
+    for split in alfworld.SPLITS:
+        number = alfworld.size(split)
+        splits += [split] * number
+        indices += range(number)
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        results = pool.map(play_walkthrough, splits, indices)
+        played = list(tqdm(results, total=len(indices), unit="game"))
+    for split in alfworld.SPLITS:
+        won = [won for where, (won, _) in zip(splits, played, strict=True) if where == split]
+        print(f"{split}: {sum(won)} of {len(won)} walkthroughs win")
+    print(
+        f"all: {sum(won for won, _ in played)} of {len(played)} walkthroughs win, "
+        f"{sum(steps for _, steps in played)} steps, "
+        f"{time.perf_counter() - start:.0f} s in {processes} processes"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="also play every game's walkthrough")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="for --all")
+    args = parser.parse_args()
+    results = compare()
+    for name, result in results.items():
+        print(
+            f"{name:6s} reset: first {result['first']:.2f} s, again {result['again']:.2f} s; "
+            f"step {1e3 * result['step']:.1f} ms (medians); {result['rate']:.0f} steps/s"
+        )
+    if args.all:
+        play_all_walkthroughs(args.processes)
+    print(f"alfworld: {results['ours']['rate'] / results['stock']['rate']:.1f}x")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--all", action="store_true", help="play the walkthrough of every game of every split"
-    )
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="for --all")
-    args = parser.parse_args()
-    medians = compare()
-    for path, took in medians.items():
-        print(
-            f"{path:6s} reset: first {took['first']:.2f} s, again {took['again']:.2f} s; "
-            f"step {1e3 * took['step']:.1f} ms (medians); {took['rate']:.0f} steps/s"
-        )
-    if args.all:
-        tasks = [
-            (split, index)
-            for split in alfworld_env.SPLITS
-            for index in range(alfworld_env.size(split))
-        ]
-        start = time.perf_counter()
-        with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
-            played = list(tqdm(pool.map(walkthrough, *zip(*tasks)), total=len(tasks), unit="game"))
-        for split in alfworld_env.SPLITS:
-            won = [won for (where, _), (won, _) in zip(tasks, played) if where == split]
-            print(f"{split}: {sum(won)} of {len(won)} walkthroughs win")
-        print(
-            f"all: {sum(won for won, _ in played)} of {len(played)} walkthroughs win, {sum(n for _, n in played)} steps, "
-            f"{time.perf_counter() - start:.0f} s in {args.processes} processes"
-        )
-    print(f"alfworld: {medians['ours']['rate'] / medians['stock']['rate']:.1f}x")
+    main()

@@ -1,10 +1,12 @@
-"""How fast the WebShop engine is in one process, what memory it needs, and how many of its goals a perfect buyer wins.
+"""How fast is the WebShop engine in one process, and how many goals can a perfect buyer win?
 
-    WEBSHOP_DATA=folder python benchmarks/webshop.py          # half a minute on one core; without data: the made-up catalogue
+    WEBSHOP_DATA=folder python benchmarks/webshop.py   # half a minute on one core
 
-Plays the walks of replays.jsonl where the folder has that file, else the oracle buyer's on the first 200 test goals. The reference, in
-the same run, is the same engine with a search that has no index: each query analyses every product anew. Remembered queries are
-forgotten before each pass. Last line: how many times the reference's steps per second.
+Plays the sessions of replays.jsonl if the folder has that file, else the scripted expert's on the
+first 200 test goals. Without WEBSHOP_DATA it uses the made-up catalogue. The reference, in the same
+run, is the same engine with a search that has no index: every query analyses all products again.
+The cache of queries is cleared before each pass. The last line gives the ratio of the steps per
+second.
 """
 
 import json
@@ -16,31 +18,30 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path[0] = str(
-    Path(__file__).parent.parent
-)  # the project; and this file bears the name of a module there
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
-from worlds import webshop as webshop_env
-from worlds.webshop_engine import WebShop
-from worlds.webshop_search import B, K1, stored_length
+from worlds import webshop
+from worlds.webshop import WebShop
+from worlds.webshop_search import K1, B, stored_length
+
+ENVS = 64
+PASSES = 9
+REFERENCE_SESSIONS = 20  # the reference is slow
 
 
 class Scan:
-    """`index`'s ranking without its postings; the texts must be those it was made of."""
+    """The ranking of `index` without its postings. texts: those that the index was made of."""
 
     def __init__(self, index, texts):
-        self.index, self.texts = index, texts
+        self.index = index
+        self.texts = texts
 
     def search(self, query, limit=50):
         counts = [Counter(self.index.terms(text)) for text in self.texts]
         lengths = [sum(count.values()) for count in counts]
-        norms = K1 * (
-            (1 - B)
-            + B
-            * np.array(list(map(stored_length, lengths)), np.float32)
-            / np.float32(np.mean(lengths))
-        )
+        stored = np.array([stored_length(length) for length in lengths], np.float32)
+        norms = K1 * ((1 - B) + B * stored / np.float32(np.mean(lengths)))
         scores = np.zeros(len(counts))
         for term, times in Counter(self.index.terms(query)).items():
             tf = np.array([count[term] for count in counts])
@@ -51,78 +52,123 @@ class Scan:
         return tuple(order[scores[order] > 0].tolist())
 
 
-def oracle(env):
-    """(actions, score, won) of the oracle buyer, who here buys even where that cannot win."""
+def play_expert(env):
+    """-> (actions, score, won) of the expert, which here buys even where it cannot win."""
     env.reset()
-    env.winnable, actions, subgoal = True, [], ""
+    env.winnable = True
+    actions = []
+    subgoal = ""
     while not env.done:
         _, subgoal, action = env.expert(subgoal)
         actions.append(action)
-        info = env.step(action)[-1]
+        *_, info = env.step(action)
     return actions, info["score"], info["won"]
 
 
-def steps_per_second(shop, walks):
-    """Plays all walks once -> (steps per second, all observations)."""
-    seen, start = [], time.perf_counter()
-    for goal, actions in walks:
-        seen.append(shop.reset(goal))
-        seen += [shop.step(action)[0] for action in actions]
-    return (len(seen) - len(walks)) / (time.perf_counter() - start), seen
+def load_sessions():
+    """List of (goal, actions)."""
+    replays = Path(os.environ.get("WEBSHOP_DATA", "")) / "replays.jsonl"
+    sessions = []
+    if replays.is_file():
+        for line in replays.read_text().splitlines():
+            replay = json.loads(line)
+            sessions.append((replay["goal"], [step["action"] for step in replay["steps"]]))
+    else:
+        for index in range(200):
+            env = webshop.make("test", index)
+            actions, _, _ = play_expert(env)
+            sessions.append((env.goal, actions))
+    return sessions
 
 
-def megabytes():  # at the peak, until now
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        2**20 if sys.platform == "darwin" else 2**10
+def play_sessions(shop, sessions):
+    """Play all sessions once -> (steps per second, all observations)."""
+    observations = []
+    start = time.perf_counter()
+    for goal, actions in sessions:
+        observations.append(shop.reset(goal))
+        observations += [shop.step(action)[0] for action in actions]
+    steps = len(observations) - len(sessions)
+    return steps / (time.perf_counter() - start), observations
+
+
+def peak_megabytes():
+    """The process's peak memory until now."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def measure_construction():
+    """Make and play some envs -> their shared catalogue."""
+    before = peak_megabytes()
+    start = time.perf_counter()
+    envs = [webshop.make("test", index) for index in range(ENVS)]
+    seconds = time.perf_counter() - start
+    catalogue = envs[0].shop.catalogue
+    print(
+        f"construct: {seconds:.2f} s for {len(catalogue.products)} products, "
+        f"{len(catalogue.goals)} goals and {ENVS} envs"
+    )
+    for env in envs:
+        play_expert(env)
+    print(
+        f"memory: {peak_megabytes():.0f} MB in all with {ENVS} envs played, "
+        f"{before:.0f} MB of it Python and numpy"
+    )
+    return catalogue
+
+
+def measure_speed(catalogue):
+    """-> the steps per second with and without an index."""
+    sessions = load_sessions()
+    shop = WebShop(catalogue)
+    rates = []
+    for _ in range(PASSES):
+        catalogue.index.search.cache_clear()
+        rate, _ = play_sessions(shop, sessions)
+        rates.append(rate)
+    rate = statistics.median(rates)
+    reference_rate = measure_reference(shop, sessions[:REFERENCE_SESSIONS])
+    print(
+        f"speed: {rate:,.0f} steps/s (median of {PASSES} passes, {min(rates):,.0f} to "
+        f"{max(rates):,.0f}); without an index {reference_rate:,.1f} steps/s"
+    )
+    return rate, reference_rate
+
+
+def measure_reference(shop, sessions):
+    """Steps per second without an index. The observations must be the same."""
+    _, expected = play_sessions(shop, sessions)
+    catalogue = shop.catalogue
+    index = catalogue.index
+    catalogue.index = Scan(index, [product.text() for product in catalogue.order])
+    rate, observations = play_sessions(shop, sessions)
+    catalogue.index = index
+    assert observations == expected, "the reference ranks differently"
+    return rate
+
+
+def measure_ceiling():
+    """The expert's success on all goals of all splits."""
+    scores = []
+    wins = []
+    for split in webshop.SPLITS:
+        for index in range(webshop.size(split)):
+            _, score, won = play_expert(webshop.make(split, index))
+            scores.append(score)
+            wins.append(won)
+    print(
+        f"expert: wins {np.mean(wins):.2%} of {len(wins)} goals, "
+        f"mean score {np.mean(scores):.4f}: the ceiling"
     )
 
 
-before, start = megabytes(), time.perf_counter()
-envs = [webshop_env.make("test", index) for index in range(64)]
-catalogue = envs[0].shop.catalogue
-print(
-    f"construct: {time.perf_counter() - start:.2f} s for {len(catalogue.products)} products, {len(catalogue.goals)} goals and 64 envs"
-)
-for env in envs:
-    oracle(env)
-print(
-    f"memory: {megabytes():.0f} MB in all with 64 envs played, {before:.0f} MB of it Python and numpy"
-)
+def main():
+    catalogue = measure_construction()
+    rate, reference_rate = measure_speed(catalogue)
+    measure_ceiling()
+    print(f"webshop: {rate / reference_rate:.0f}x")
 
-replays = Path(os.environ.get("WEBSHOP_DATA", "")) / "replays.jsonl"
-if replays.is_file():
-    walks = [
-        (r["goal"], [step["action"] for step in r["steps"]])
-        for r in map(json.loads, replays.read_text().splitlines())
-    ]
-else:
-    walks = [
-        (env.goal, oracle(env)[0])
-        for env in (webshop_env.make("test", index) for index in range(200))
-    ]
 
-shop, rates = WebShop(catalogue), []
-for _ in range(9):
-    catalogue.index.search.cache_clear()
-    rates.append(steps_per_second(shop, walks)[0])
-fast = statistics.median(rates)
-few, index = walks[:20], catalogue.index  # the reference is slow
-expected = steps_per_second(shop, few)[1]
-catalogue.index = Scan(index, [product.text() for product in catalogue.order])
-slow, seen = steps_per_second(shop, few)
-assert seen == expected, "the reference ranks differently"
-catalogue.index = index
-print(
-    f"speed: {fast:,.0f} steps/s (median of 9 passes, {min(rates):,.0f} to {max(rates):,.0f}); without an index {slow:,.1f} steps/s"
-)
-
-played = [
-    oracle(webshop_env.make(split, index))[1:]
-    for split in webshop_env.SPLITS
-    for index in range(webshop_env.size(split))
-]
-scores, won = zip(*played)
-print(
-    f"oracle buyer: wins {np.mean(won):.2%} of {len(won)} goals, mean score {np.mean(scores):.4f}: the ceiling"
-)
-print(f"webshop: {fast / slow:.0f}x")
+if __name__ == "__main__":
+    main()

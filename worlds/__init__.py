@@ -1,1 +1,1 @@
-"""The worlds that come with the project, a module each. envs.py says what a world has to have."""
+"""The worlds that come with the project, one module each. envs.py documents their interface."""

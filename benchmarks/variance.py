@@ -1,10 +1,17 @@
-"""How noisy is HAE's credit beside flat GAE's? `python benchmarks/variance.py [--run runs/household-0] [--episodes N]`.
+"""How noisy are HAE's advantages, compared to flat GAE's?
 
-Part one, exact: the tiny worlds of tests/tiny_mdp.py, all trajectories enumerated, mean over random worlds and policies. The
-gradient's standard deviation and bias against lambda (lam_low = lam_high, flat GAE at the same one), with exact critics and with
-critics that carry a random error. What is provable here, and what is not, stands in tests/test_theorems.py.
-Part two, sampled: household episodes of a trained run, and the spread of each advantage before it is normalised. One
-trajectory per task says nothing about noise alone: this spread is noise and signal together.
+    python benchmarks/variance.py                           # part one, about a minute on one core
+    python benchmarks/variance.py --run runs/household-0    # and part two
+
+Part one is exact: the tiny worlds of tests/tiny_mdp.py, all trajectories enumerated, mean over
+random worlds and policies. It prints the gradient's standard deviation and bias for each lambda
+(lam_low = lam_high, flat GAE at the same one), with exact critics and with critics that have a
+random error. tests/test_theorems.py says what is proven of this and what is not.
+
+Part two is sampled: household episodes of a trained run, and the spread of each advantage before it
+is normalised. With one trajectory per task this spread is noise and signal together.
+
+The last line gives flat GAE's gradient variance over HAE's in part one.
 """
 
 import argparse
@@ -13,257 +20,314 @@ import random
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
 import torch
 
-from hae import gae
-from tiny_mdp import DECIDES, SEEN, STATE, TURN, Enumeration, random_world
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from hae import gae  # noqa: E402
+from tiny_mdp import DECIDES, SEEN, STATE, TURN, Enumeration, random_world  # noqa: E402
 
 LAMBDAS = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
-PAIRS = [(lam, lam) for lam in LAMBDAS] + [
-    (1.0, 0.95)
-]  # lam_low, lam_high; the last are the paper's
-WORLDS = 20
+PAIRS = [(lam, lam) for lam in LAMBDAS] + [(1.0, 0.95)]  # lam_low, lam_high; last: the paper's
 LABELS = [f"{lam:.2f}" for lam in LAMBDAS] + ["1.00, 0.95"]
-ERROR = 0.2  # size of the critics' random error, where they have one; the values' own spread is about 0.75
+WORLDS = 20
+RESULTS = ROOT / "benchmarks" / "results"
+ERROR = 0.2  # size of the critics' random error; the values' own spread is about 0.75
+ESTIMATORS = ("flat", "closed_form", "value_head")
+COLUMNS = (
+    "gradient",  # standard deviation of one trajectory's gradient, exact critics
+    "switch",  # standard deviation of the switch advantage's noise, as the next two
+    "subgoal",
+    "action",
+    "bias",  # over |grad J|, exact critics
+    "bias_all_wrong",  # the same, all critics with a random error
+    "bias_high_wrong",  # only V_high with an error; HAE only
+    "bias_low_wrong",  # only V_low with an error; HAE only
+)
 
 
 # ---- part one: the tiny worlds ----
 
 
-def noise(m, three):
-    """Standard deviation of each advantage about its mean, given all that its decision saw and chose -> switch, subgoal, action."""
-    return [
-        m.average(m.variance(x, *given, where=where), where) ** 0.5
-        for x, given, where in zip(three, SEEN, DECIDES)
-    ]
+def noise(m, advantages):
+    """Standard deviation of each advantage about its mean given all its decision saw and chose."""
+    stds = []
+    for adv, given, where in zip(advantages, SEEN, DECIDES, strict=True):
+        variance = m.variance(adv, *given, where=where)
+        stds.append(m.average(variance, where) ** 0.5)
+    return stds
+
+
+def relative_bias(m, advantages):
+    return float(m.bias(*advantages).norm() / m.grad_j.norm())
 
 
 def measure(seed):
-    """One world -> [3, lambdas, 8]: flat, gain, critic; for each of PAIRS the gradient's variance, three noises, four biases."""
+    """One world -> [estimators, pairs of lambdas, columns], with variances of the gradient."""
     m = Enumeration(*random_world(seed))  # gamma 1, as in the paper
     g = torch.Generator().manual_seed(seed)
-    wrong = {
-        k: v + ERROR * torch.randn(v.shape, generator=g, dtype=v.dtype)
-        for k, v in m.values._asdict().items()
-    }
-    every, high, low = (
-        m.values._replace(**{k: wrong[k] for k in names.split()})
-        for names in ("high low switch", "high", "low")
-    )
-    flat_error = (wrong["high"] - m.values.high)[
-        TURN, STATE
-    ]  # [B, T] one number per state and turn
-    bias = lambda three: float(m.bias(*three).norm() / m.grad_j.norm())
-    rows = {"flat": [], "gain": [], "critic": []}
+    wrong = {}
+    for name, value in m.values._asdict().items():
+        wrong[name] = value + ERROR * torch.randn(value.shape, generator=g, dtype=value.dtype)
+    all_wrong = m.values._replace(**{name: wrong[name] for name in ("high", "low", "switch")})
+    high_wrong = m.values._replace(high=wrong["high"])
+    low_wrong = m.values._replace(low=wrong["low"])
+    # Flat GAE's critic gets V_high's error.
+    flat_wrong = m.v_flat + (wrong["high"] - m.values.high)[TURN, STATE]  # [B, T]
+    rows = {name: [] for name in ESTIMATORS}
     for pair in PAIRS:
-        flat, off = [m.flat(pair[0])] * 3, [m.flat(pair[0], m.v_flat + flat_error)] * 3
-        rows["flat"].append(
-            (m.gradient_variance(*flat), *noise(m, flat), bias(flat), bias(off), 0, 0)
-        )
-        for form in ("gain", "critic"):
-            three = m.hae(*pair, form)
-            rows[form].append(
-                (
-                    m.gradient_variance(*three),
-                    *noise(m, three),
-                    bias(three),
-                    *(bias(m.hae(*pair, form, values)) for values in (every, high, low)),
-                )
-            )
+        flat = [m.flat(pair[0])] * 3
+        wrong_flat = [m.flat(pair[0], flat_wrong)] * 3
+        bias = [relative_bias(m, flat), relative_bias(m, wrong_flat), 0.0, 0.0]
+        rows["flat"].append([m.gradient_variance(*flat), *noise(m, flat), *bias])
+        for form in ("closed_form", "value_head"):
+            advantages = m.hae(*pair, form)
+            bias = [relative_bias(m, advantages)]
+            for values in (all_wrong, high_wrong, low_wrong):
+                bias.append(relative_bias(m, m.hae(*pair, form, values)))
+            rows[form].append([m.gradient_variance(*advantages), *noise(m, advantages), *bias])
     return torch.tensor(list(rows.values()), dtype=torch.float64)
 
 
 def exact():
-    """-> mean over worlds [3, lambdas, 8], and variance of flat GAE at lambda 1 over HAE's at the paper's lambdas [worlds]."""
-    each = torch.stack([measure(seed) for seed in range(WORLDS)])  # [worlds, 3, lambdas, 8]
-    ratio = each[:, 0, -1, 0] / each[:, 1, -1, 0]
-    each[..., 0] = each[..., 0].sqrt()
-    mean = each.mean(0).transpose(0, 1)  # [lambdas, 3, 8]
+    """Part one: measure, print and return the results.
+
+    -> ({estimator: {column: means over worlds [pairs of lambdas]}}, the gradient variance of flat
+    GAE at lambda 1 over HAE's at the paper's lambdas [worlds]).
+    """
+    each = torch.stack([measure(seed) for seed in range(WORLDS)])  # [worlds, 3, pairs, columns]
+    variance = each[..., 0]
+    ratio = variance[:, 0, -1] / variance[:, 1, -1]
+    each[..., 0] = variance.sqrt()
+    mean = {}
+    for name, columns in zip(ESTIMATORS, each.mean(0), strict=True):
+        mean[name] = dict(zip(COLUMNS, columns.unbind(-1), strict=True))
+    print_noise(mean)
+    print_bias(mean)
+    return mean, ratio
+
+
+def print_noise(mean):
+    flat, closed, head = (mean[name] for name in ESTIMATORS)
     print(
-        f"{WORLDS} tiny worlds, gamma 1, exact critics. Std of one trajectory's gradient, and of each advantage's noise\n"
-        "lambda      | gradient: flat   gain  critic | switch: flat critic | subgoal: flat   HAE | action: flat   HAE | flat's bias"
+        f"{WORLDS} tiny worlds, gamma 1, exact critics. Standard deviations of one trajectory's "
+        "gradient and of\neach advantage's noise. HAE's switch advantage is closed_form or "
+        "value_head."
     )
-    for lam, (f, g, c) in zip(LABELS, mean):
+    print(
+        "            | gradient              | switch       | subgoal     | action      | bias of\n"
+        "lambda      |  flat  closed    head |  flat   head |  flat   HAE |  flat   HAE | flat GAE"
+    )
+    for i, label in enumerate(LABELS):
         print(
-            f"{lam:11s} | {f[0]:14.3f} {g[0]:6.3f} {c[0]:7.3f} | {f[1]:12.3f} {c[1]:6.3f} | {f[2]:13.3f} {g[2]:5.3f} | "
-            f"{f[3]:12.3f} {g[3]:5.3f} | {100 * f[4]:10.1f} %"
+            f"{label:11s} | {flat['gradient'][i]:5.3f}   {closed['gradient'][i]:5.3f}   "
+            f"{head['gradient'][i]:5.3f} | {flat['switch'][i]:5.3f}  {head['switch'][i]:5.3f} | "
+            f"{flat['subgoal'][i]:5.3f} {closed['subgoal'][i]:5.3f} | "
+            f"{flat['action'][i]:5.3f} {closed['action'][i]:5.3f} | {100 * flat['bias'][i]:6.1f} %"
         )
     print(
-        "The gain form's switch has no noise. HAE has no bias; flat GAE below 1 has: its critic does not see the subgoal.\n\n"
-        f"Bias in % of |grad J|, critics with a random error of {ERROR}\n"
-        "lambda      |  flat | HAE gain | HAE critic | critic, only V_high wrong | critic, only V_low wrong"
+        "The closed form of the switch advantage has no noise. HAE has no bias. Flat GAE below "
+        "lambda 1 has,\nbecause its critic does not see the subgoal.\n"
     )
-    for lam, (f, g, c) in zip(LABELS, 100 * mean):
-        print(f"{lam:11s} | {f[5]:5.1f} | {g[5]:8.1f} | {c[5]:10.1f} | {c[6]:25.1f} | {c[7]:24.1f}")
-    return mean.transpose(0, 1), ratio
+
+
+def print_bias(mean):
+    flat, closed, head = (mean[name] for name in ESTIMATORS)
+    print(f"Bias in % of |grad J| where the critics have a random error of {ERROR}")
+    print(
+        "            | all critics wrong     | HAE, value_head, only\n"
+        "lambda      |  flat  closed    head | V_high wrong  V_low wrong"
+    )
+    for i, label in enumerate(LABELS):
+        print(
+            f"{label:11s} | {100 * flat['bias_all_wrong'][i]:5.1f}   "
+            f"{100 * closed['bias_all_wrong'][i]:5.1f}   {100 * head['bias_all_wrong'][i]:5.1f} | "
+            f"{100 * head['bias_high_wrong'][i]:12.1f}  {100 * head['bias_low_wrong'][i]:11.1f}"
+        )
 
 
 # ---- part two: a trained run ----
 
 
 def play(folder, episodes):
-    """Play training tasks with the last checkpoint -> {name: std of the advantage over (all its turns, those opening a segment)}."""
+    """Part two: play training tasks with the last checkpoint, print and return the spreads.
+
+    -> {name: (std of the advantage over all its turns, over those that open a segment)}.
+    """
     import envs
-    import train
-    from config import UserError, read_config
-    from credit import assign
-    from rollout import batch_of, collect, score
+    from config import ConfigError  # what only part two needs is imported in its functions
+    from eval import load_run
+    from support.distributed import make_accelerator
 
     try:
+        saved, _, _ = load_run(folder)
         config = dataclasses.replace(
-            read_config([str(folder / "config.json")]),
-            kl=0.0,
-            kl_rest=0.0,  # no reference model
+            saved,
             method="hiper",
-            switch_advantage="critic",
-            heads=3,
+            switch_advantage="value_head",
+            kl_coef=0.0,  # no reference model
+            untrained_kl_coef=0.0,
         )
-    except UserError as error:
+        if not (config.model or (folder / "start").exists()):
+            raise ConfigError(f"{folder} lacks start/, the model that the run began with")
+        accelerator = make_accelerator()
+        options = envs.world_options(config)
+        with envs.EnvPool(config.env, envs.world(config.env).SPLITS[0], **options) as pool:
+            run, iteration = restore(config, folder, pool, accelerator)
+            played, batch, old, end_values = sample(run, episodes)
+    except ConfigError as error:
         sys.exit(f"error: {error}")
-    if not (config.model or (folder / "start").exists()):
-        sys.exit(f"error: {folder} lacks start/, the tokenizer and model that the run began with")
-    accelerator = train.Accelerator(cpu=config.cpu)
-    with envs.Runner(config.env, envs.world(config.env).SPLITS[0], config.env_workers) as runner:
-        policy, tokenizer, _ = train.build(config, folder, runner, accelerator)
-        saved = torch.load(
-            folder / "checkpoint.pt", map_location=accelerator.device, weights_only=True
-        )
-        policy.load_state_dict(saved["policy"])
-        train.set_seed(config.seed)
-        tasks = random.Random(config.seed).choices(
-            range(envs.size(config.env, runner.split)), k=episodes
-        )
-        played = collect(
-            policy.actor,
-            tokenizer,
-            runner,
-            tasks,
-            slots=config.slots,
-            temperature=config.temperature,
-            style=config.style,
-        )
-    batch = batch_of(played, tokenizer)
-    old, ends = (
-        score(policy, x, tokens=config.tokens_per_batch) for x in (batch.samples, batch.ends)
+    success = sum(episode.success for episode in played) / episodes
+    print(
+        f"\n{folder}, iteration {iteration}: {episodes} episodes, success {success:.0%}; "
+        f"gamma {config.gamma}, lam_low {config.lam_low}, lam_high {config.lam_high}"
     )
-    shown = assign(batch, old, config, lambda adv, where: adv, ends).shown
-    end = ends.v_high * (batch.truncated & config.bootstrap)  # [B]
-    spread = {
-        "HAE action": (shown["A_action"], batch.mask),
-        "HAE subgoal": (shown["A_subgoal"], batch.switch & batch.mask),
-        "HAE switch, critic": (
-            shown["A_switch"],
-            batch.mask & (torch.arange(batch.mask.shape[1]) > 0),
-        ),
+    spread = {}
+    for name, (adv, where) in estimates(batch, old, end_values, config).items():
+        opening = where & batch.switch
+        spread[name] = (float(adv[where].std()), float(adv[opening].std()))
+    print("std of the advantage     | all its turns | those that open a segment")
+    for name, (everywhere, opening) in spread.items():
+        print(f"{name:24s} | {everywhere:13.3f} | {opening:10.3f}")
+    print("A flat critic is read on KEEP turns too. There V_high is not trained, and V_switch is.")
+    return spread
+
+
+def restore(config, folder, pool, accelerator):
+    """-> (train.Run of the last checkpoint, its iteration)."""
+    from support.checkpoint import load_checkpoint
+    from train import make_run
+
+    run = make_run(config, folder, pool, accelerator)
+    iteration, _ = load_checkpoint(folder, run)
+    return run, iteration
+
+
+def sample(run, episodes):
+    """Play random training tasks -> (Episodes, Batch, PolicyOutput, that of the final states)."""
+    from accelerate.utils import set_seed
+
+    import envs
+    from rollout import collect
+    from support.batch import make_batch
+    from train import score_values
+
+    config = run.config
+    set_seed(config.seed)
+    size = envs.size(config.env, run.pool.split)
+    tasks = random.Random(config.seed).choices(range(size), k=episodes)
+    with run.accelerator.autocast():
+        played = collect(run.model.actor, run.tokenizer, run.pool, tasks, config)
+        batch = make_batch(played, run.tokenizer)
+        old = score_values(run, batch.samples)
+        end_values = score_values(run, batch.final_states)
+    return played, batch, old, end_values
+
+
+def estimates(batch, old, end_values, config):
+    """{name: (advantage [B, T], turns that have it [B, T])} of HAE and flat GAE."""
+    from hiper import hiper_advantages
+
+    raw = hiper_advantages(batch, old, config, not_normalized, end_values=end_values).raw
+    later = batch.mask.clone()
+    later[:, 0] = False
+    result = {
+        "HAE action": (raw["A_action"], batch.mask),
+        "HAE subgoal": (raw["A_subgoal"], batch.switch & batch.mask),
+        "HAE switch, value_head": (raw["A_switch"], later),
     }
+    end_value = end_values.v_high * (batch.truncated & config.bootstrap)  # [B]
     for lam in sorted({1.0, 0.95, config.lam_low}, reverse=True):
-        for name in ("v_high", "v_switch"):
+        for head in ("high", "switch"):
             adv, _ = gae(
                 batch.rewards,
                 batch.mask,
-                batch.grid(getattr(old, name)),
+                batch.to_grid(old.value(head)),
                 gamma=config.gamma,
                 lam=lam,
-                end_value=end,
+                end_value=end_value,
             )
-            spread[f"flat GAE {lam:g}, V_{name[2:]}"] = adv, batch.mask
-    std = lambda adv, where: float(adv[where].std())
-    spread = {
-        name: (std(adv, where), std(adv, where & batch.switch))
-        for name, (adv, where) in spread.items()
-    }
-    print(
-        f"\n{folder}, iteration {saved['iteration']}: {episodes} episodes, won {sum(e.won for e in played) / episodes:.0%}; "
-        f"gamma {config.gamma}, lam_low {config.lam_low}, lam_high {config.lam_high}\n"
-        "std of the advantage     | all its turns | those that open a segment"
-    )
-    for name, (everywhere, opening) in spread.items():
-        print(f"{name:24s} | {everywhere:13.3f} | {opening:10.3f}")
-    print(
-        "V_high as a flat critic is read on KEEP turns too, where nothing trains it; V_switch is trained on every turn."
-    )
-    return spread
+            result[f"flat GAE {lam:g}, V_{head}"] = (adv, batch.mask)
+    return result
+
+
+def not_normalized(adv, where, scale=True):
+    return adv
 
 
 # ---- the picture ----
 
 
-def picture(mean, spread, path):
+def plot(mean, spread, path):
     try:
         import matplotlib
     except ModuleNotFoundError:
         sys.exit("error: the picture needs matplotlib: pip install matplotlib")
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
 
-    width, n = 2 + bool(spread), len(LAMBDAS)
-    figure, axes = plt.subplots(1, width, figsize=(5 * width, 5), layout="constrained")
-    for i, (name, style) in enumerate(
-        {"flat GAE": ".:k", "HAE, gain": ".-b", "HAE, critic": ".-g"}.items()
-    ):
-        axes[0].plot(LAMBDAS, mean[i, :n, 0], style, label=name + ("" if i else ", biased below 1"))
-        axes[1].plot(LAMBDAS, 100 * mean[i, :n, 5], style, label=name)
-    for i, j, style, label in (
-        (0, 4, "x:y", "flat GAE, but critic exact"),
-        (2, 6, "--c", "HAE, critic, only V_high wrong"),
-        (2, 7, "--m", "HAE, critic, only V_low wrong"),
-    ):
-        axes[1].plot(LAMBDAS, 100 * mean[i, :n, j], style, label=label)
-    for axis, title in zip(
-        axes,
-        ("std of the gradient, exact critics", f"bias in % of |grad J|, critics wrong by {ERROR}"),
-    ):
-        axis.set(
-            title=f"{WORLDS} tiny worlds: {title}",
-            xlabel="lambda (lam_low = lam_high)",
-            ylim=(0, 1.1 * axis.get_ylim()[1]),
-        )
-        axis.title.set_fontsize(10)
-        axis.legend(
-            frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2
-        )
+    width = 3 if spread else 2
+    figure, axes = pyplot.subplots(1, width, figsize=(5 * width, 5), layout="constrained")
+    plot_worlds(axes[0], axes[1], mean)
     if spread:
         names = list(spread)[::-1]
-        axes[2].barh(
-            names,
-            [spread[k][0] for k in names],
-            color=["tab:gray" if "flat" in k else "tab:blue" for k in names],
-        )
+        values = [spread[name][0] for name in names]
+        colours = ["tab:gray" if "flat" in name else "tab:blue" for name in names]
+        axes[2].barh(names, values, color=colours)
         axes[2].set_title("trained run: std of advantages (noise and signal)", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def plot_worlds(std_axes, bias_axes, mean):
+    """Part one: the gradient's standard deviation, and its bias with wrong critics."""
+    n = len(LAMBDAS)  # the paper's pair of lambdas is not on the axis
+    for name, style, label, note in (
+        ("flat", ".:k", "flat GAE", ", biased below 1"),
+        ("closed_form", ".-b", "HAE, closed_form", ""),
+        ("value_head", ".-g", "HAE, value_head", ""),
+    ):
+        std_axes.plot(LAMBDAS, mean[name]["gradient"][:n], style, label=label + note)
+        bias_axes.plot(LAMBDAS, 100 * mean[name]["bias_all_wrong"][:n], style, label=label)
+    for name, column, style, label in (
+        ("flat", "bias", "x:y", "flat GAE, but critic exact"),
+        ("value_head", "bias_high_wrong", "--c", "HAE, value_head, only V_high wrong"),
+        ("value_head", "bias_low_wrong", "--m", "HAE, value_head, only V_low wrong"),
+    ):
+        bias_axes.plot(LAMBDAS, 100 * mean[name][column][:n], style, label=label)
+    for axes, title in (
+        (std_axes, "std of the gradient, exact critics"),
+        (bias_axes, f"bias in % of |grad J|, critics wrong by {ERROR}"),
+    ):
+        axes.set_title(f"{WORLDS} tiny worlds: {title}", fontsize=10)
+        axes.set_xlabel("lambda (lam_low = lam_high)")
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
+        axes.legend(
+            frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2
+        )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, help="the --out folder of a training run, for part two")
     parser.add_argument("--episodes", type=int, default=256, help="episodes of part two")
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the picture"
-    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the picture")
     args = parser.parse_args()
     if args.episodes < 1:
         parser.error("--episodes must be 1 or more")
-    if args.run and not all(
-        (args.run / name).exists() for name in ("config.json", "checkpoint.pt")
-    ):
-        sys.exit(
-            f"error: {args.run} lacks config.json or checkpoint.pt: give the --out of a training run that has saved"
-        )
+    if args.run and not (args.run / "checkpoint").exists():
+        sys.exit(f"error: {args.run} has no checkpoint: give the --out of a training run")
     torch.set_num_threads(1)
     mean, ratio = exact()
     spread = play(args.run, args.episodes) if args.run else {}
-    if not spread:
-        print(
-            "\nPart two needs a trained agent: make one with `python train.py` (ten minutes), then give `--run runs/household-0`."
-        )
-    picture(mean, spread, args.out / "variance.png")
+    if not args.run:
+        print("\nPart two needs a trained agent: `python train.py`, then `--run runs/household-0`.")
+    path = args.out / "variance.png"
+    plot(mean, spread, path)
     print(
-        f"\n{args.out / 'variance.png'}\ngradient variance on the tiny worlds, flat GAE at lambda 1 over HAE (gain) at the paper's "
-        f"lambdas: {ratio.min():.2f} to {ratio.max():.2f}, mean\nvariance: {ratio.log().mean().exp():.2f}x"
+        f"\n{path}\nGradient variance on the tiny worlds, flat GAE at lambda 1 over HAE "
+        f"(closed_form) at the paper's\nlambdas: {ratio.min():.2f} to {ratio.max():.2f}, mean\n"
+        f"variance: {ratio.log().mean().exp():.2f}x"
     )
 
 

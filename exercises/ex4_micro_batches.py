@@ -1,17 +1,20 @@
-"""Exercise 4. The batch does not fit into memory, so the loss is computed in micro-batches, whose gradients add up.
+"""Exercise 4. The batch does not fit into memory, so the loss is computed in micro-batches.
 
-Symptom: another micro-batch size gives another loss, hence another gradient, from the same turns. So do two GPUs instead of one.
+Their gradients are added. Symptom: another micro-batch size gives another loss, hence another
+gradient, from the same turns. So do two GPUs instead of one.
 """
 
 import torch
 
 
 def batch_loss(losses, trained, size):
-    """Mean loss of all trained tokens, scalar. losses: float [N, L] per token; trained: bool [N, L]; size: turns per micro-batch."""
-    parts = [
-        (loss * where).sum() / where.sum().clamp(min=1)
-        for loss, where in zip(losses.split(size), trained.split(size))
-    ]
+    """Mean loss of all trained tokens, a scalar.
+
+    losses: float [N, L] per token; trained: bool [N, L]; size: turns per micro-batch.
+    """
+    parts = []
+    for loss, where in zip(losses.split(size), trained.split(size), strict=True):
+        parts.append((loss * where).sum() / where.sum().clamp(min=1))
     return torch.stack(parts).mean()
 
 
@@ -25,8 +28,13 @@ def test_the_micro_batch_size_does_not_matter():
         ]
     )
     trained = torch.tensor(
-        [[1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]]
-    ).bool()  # of the last turn nothing
+        [
+            [True, True, True, True, True],
+            [True, False, False, False, False],
+            [True, True, False, False, False],
+            [False, False, False, False, False],  # nothing is trained in the last turn
+        ]
+    )
     for size in (4, 3, 2, 1):
         loss = batch_loss(losses, trained, size).item()
-        assert abs(loss - 25 / 8) < 1e-6, f"{size} turns at a time: {loss}, and not {25 / 8}"
+        assert abs(loss - 25 / 8) < 1e-6, f"{size} turns at a time: {loss}, not {25 / 8}"

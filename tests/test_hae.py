@@ -8,20 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from hae import HAE, gae, hae, normalize, reverse_scan, switch_gain
+from hae import HAE, discounted_reverse_cumsum, gae, hae, normalize, switch_gain
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = sorted((ROOT / "tests" / "golden").glob("*.npz"))
 
 
-# ---- the oracle: HiPER's equations as sums over explicit segments, float64, one trajectory at a time ----
+# ---- the oracle: HiPER's equations as sums over explicit segments, one trajectory at a time ----
 
 
 def boundaries(switch, n):
-    return [t for t in range(n) if t == 0 or switch[t]] + [n]  # 0 = b_0 < ... < b_K = n
+    """0 = b_0 < ... < b_K = n."""
+    return [t for t in range(n) if t == 0 or switch[t]] + [n]
 
 
 def oracle_row(r, switch, n, v_high, v_low, v_switch, gamma, lam_low, lam_high, end_high, end_low):
+    """All of HAE for one trajectory of n turns; lists of floats in, lists of floats out."""
     b = boundaries(switch, n)
     out = {name: [0.0] * len(r) for name in HAE._fields}
     for k in range(len(b) - 1):
@@ -30,15 +32,18 @@ def oracle_row(r, switch, n, v_high, v_low, v_switch, gamma, lam_low, lam_high, 
         for t in range(b[k], b[k + 1]):
             if t + 1 < b[k + 1]:
                 v_next = v_low[t + 1]
+            elif t + 1 < n:
+                v_next = v_high[t + 1]
             else:
-                v_next = v_high[t + 1] if t + 1 < n else end_low
+                v_next = end_low
             delta[t] = r[t] + gamma * v_next - v_low[t]
         for t in range(b[k], b[k + 1]):
             left = b[k + 1] - t
-            out["adv_action"][t] = sum((gamma * lam_low) ** l * delta[t + l] for l in range(left))
-            g = sum(gamma**l * r[t + l] for l in range(left)) + gamma**left * v_after
+            a_low = sum((gamma * lam_low) ** i * delta[t + i] for i in range(left))
+            g = sum(gamma**i * r[t + i] for i in range(left)) + gamma**left * v_after
+            out["adv_action"][t] = a_low
             out["adv_switch"][t] = g - v_switch[t]
-            out["ret_low"][t] = out["adv_action"][t] + v_low[t]
+            out["ret_low"][t] = a_low + v_low[t]
             out["ret_switch"][t] = g
     a_next = 0.0
     for k in reversed(range(len(b) - 1)):
@@ -52,62 +57,71 @@ def oracle_row(r, switch, n, v_high, v_low, v_switch, gamma, lam_low, lam_high, 
 
 
 def oracle(x, gamma=1.0, lam_low=1.0, lam_high=0.95):
-    rows = [
-        oracle_row(
-            x["rewards"][b].tolist(),
-            x["switch"][b].tolist(),
-            int(x["mask"][b].sum()),
-            x["v_high"][b].tolist(),
-            x["v_low"][b].tolist(),
-            x["v_switch"][b].tolist(),
-            gamma,
-            lam_low,
-            lam_high,
-            x["end_high"][b].item(),
-            x["end_low"][b].item(),
+    """`oracle_row` on every row of a `batch`, as a float64 HAE."""
+    rows = []
+    for b in range(len(x["rewards"])):
+        result = oracle_row(
+            r=x["rewards"][b].tolist(),
+            switch=x["switch"][b].tolist(),
+            n=int(x["mask"][b].sum()),
+            v_high=x["v_high"][b].tolist(),
+            v_low=x["v_low"][b].tolist(),
+            v_switch=x["v_switch"][b].tolist(),
+            gamma=gamma,
+            lam_low=lam_low,
+            lam_high=lam_high,
+            end_high=x["end_high"][b].item(),
+            end_low=x["end_low"][b].item(),
         )
-        for b in range(len(x["rewards"]))
-    ]
-    return HAE(
-        *(torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in HAE._fields)
-    )
+        rows.append(result)
+    columns = ([row[name] for row in rows] for name in HAE._fields)
+    return HAE(*(torch.tensor(column, dtype=torch.float64) for column in columns))
 
 
 def oracle_gae(r, n, v, gamma, lam, end):
+    """Flat GAE of one trajectory of n turns, padded with zeros to the length of r."""
     v = v[:n] + [end]
     delta = [r[t] + gamma * v[t + 1] - v[t] for t in range(n)]
-    return [sum((gamma * lam) ** l * delta[t + l] for l in range(n - t)) for t in range(n)] + [
-        0.0
-    ] * (len(r) - n)
+    adv = [sum((gamma * lam) ** i * delta[t + i] for i in range(n - t)) for t in range(n)]
+    return adv + [0.0] * (len(r) - n)
 
 
 # ---- helpers ----
 
 
 def batch(seed=0, B=5, T=13, p=0.3, dtype=torch.float64):
-    """A ragged batch of random trajectories, the keyword arguments of hae."""
+    """A ragged batch of random trajectories, as the keyword arguments of hae."""
     g = torch.Generator().manual_seed(seed)
-    x = {
-        k: torch.randn(B, T, generator=g, dtype=torch.float64).to(dtype)
-        for k in ("rewards", "v_high", "v_low", "v_switch")
-    }
+    x = {}
+    for name in ("rewards", "v_high", "v_low", "v_switch"):
+        x[name] = torch.randn(B, T, generator=g, dtype=torch.float64).to(dtype)
     x["switch"] = torch.rand(B, T, generator=g) < p
     n = torch.randint(1, T + 1, (B,), generator=g)  # [B]
     n[0] = T
     x["mask"] = torch.arange(T) < n[:, None]  # [B, T]
     truncated = torch.rand(B, generator=g) < 0.5  # [B]
-    for k in ("end_high", "end_low"):
-        x[k] = (torch.randn(B, generator=g, dtype=torch.float64) * truncated).to(dtype)
+    for name in ("end_high", "end_low"):
+        x[name] = (torch.randn(B, generator=g, dtype=torch.float64) * truncated).to(dtype)
     return x
 
 
+def opens_segment(x):
+    """[B, T] True where a segment starts."""
+    first = torch.arange(x["mask"].shape[1]) == 0
+    return x["mask"] & (x["switch"] | first)
+
+
 def close(got, want, atol=1e-10):
-    for name, a, b in zip(HAE._fields, got, want):
+    for name, a, b in zip(HAE._fields, got, want, strict=True):
         torch.testing.assert_close(a, b, atol=atol, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def row(*values):
     return torch.tensor([values], dtype=torch.float64)
+
+
+def zero_ends():
+    return dict(end_high=torch.zeros(5).double(), end_low=torch.zeros(5).double())
 
 
 # ---- equations ----
@@ -116,12 +130,12 @@ def row(*values):
 @pytest.mark.parametrize("seed", range(40))
 def test_hae_is_the_oracle(seed):
     g = np.random.default_rng(seed)
-    B, T = int(g.integers(1, 9)), 1 if seed % 8 == 0 else int(g.integers(2, 34))
+    B = int(g.integers(1, 9))
+    T = 1 if seed % 8 == 0 else int(g.integers(2, 34))
     x = batch(seed, B, T, p=g.choice([0.0, 0.1, 0.4, 1.0]))
-    gamma, lam_low, lam_high = (
-        float(g.choice([0.0, 1.0, g.random()], p=[0.1, 0.2, 0.7])) for _ in range(3)
-    )
-    settings = dict(gamma=gamma, lam_low=lam_low, lam_high=lam_high)
+    settings = {}
+    for name in ("gamma", "lam_low", "lam_high"):
+        settings[name] = float(g.choice([0.0, 1.0, g.random()], p=[0.1, 0.2, 0.7]))
     close(hae(**x, **settings), oracle(x, **settings))
 
 
@@ -140,28 +154,34 @@ def test_three_turns_by_hand():
         end_high=torch.tensor([8.0]).double(),
         end_low=torch.tensor([2.0]).double(),
     )
-    # delta_low: 1 + 2/2 - 1 = 1 | 2 + 6/2 - 2 = 3, bootstrap V_high(s_2) = 6 | 4 + 2/2 - 5 = 0, bootstrap end_low = 2
+    # delta_low_0 = 1 + 2/2 - 1 = 1
+    # delta_low_1 = 2 + 6/2 - 2 = 3, bootstrap V_high(s_2) = 6
+    # delta_low_2 = 4 + 2/2 - 5 = 0, bootstrap end_low = 2
     assert got.adv_action.tolist() == [[1 + 0.25 * 3, 3, 0]]
     assert got.ret_low.tolist() == [[2.75, 5, 5]]
-    # G_t: 1 + 2/2 + 6/4 = 3.5 | 2 + 6/2 = 5 | 4 + 8/2 = 8, bootstrap end_high = 8
+    # G_0 = 1 + 2/2 + 6/4 = 3.5
+    # G_1 = 2 + 6/2 = 5
+    # G_2 = 4 + 8/2 = 8, bootstrap end_high = 8
     assert got.ret_switch.tolist() == [[3.5, 5, 8]]
     assert got.adv_switch.tolist() == [[2.5, 4, 7]]
-    # delta_high: 3.5 - 3 = 0.5 | 8 - 6 = 2; A_high_0 = 0.5 + (1/4)(1/2) 2 = 0.75, since segment 0 lasts two turns
+    # delta_high_0 = 3.5 - 3 = 0.5 and delta_high_1 = 8 - 6 = 2
+    # A_high_0 = 0.5 + (1/4) (1/2) 2 = 0.75, because segment 0 lasts two turns
     assert got.adv_subgoal.tolist() == [[0.75, 0, 2]]
     assert got.ret_high.tolist() == [[3.75, 0, 8]]
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.stem)
 def test_golden_outputs_of_the_released_code(path):
-    z = {k: torch.as_tensor(v) for k, v in np.load(path).items()}
-    B, T = z["mask"].shape
-    # The release bootstraps a truncated end from the last turn's own V_low, and both the planner and the switch's G_t from
-    # V_high at the first turn of the last segment; only where `bootstrap_truncated`.
+    """The release bootstraps a truncated end, where `bootstrap_truncated`, from its own values.
+
+    The executor takes V_low of the last turn. The planner and the switch's G_t take V_high at the
+    first turn of the last segment.
+    """
+    z = {name: torch.as_tensor(value) for name, value in np.load(path).items()}
+    B, _ = z["mask"].shape
     truncated = ~z["terminated"] & z["bootstrap_truncated"]  # [B]
     n = z["mask"].sum(1)  # [B]
-    first = torch.tensor(
-        [boundaries(z["switch"][b], int(n[b]))[-2] for b in range(B)]
-    )  # [B] b_{K-1}
+    first = [boundaries(z["switch"][b], int(n[b]))[-2] for b in range(B)]  # b_{K-1} of each row
     got = hae(
         z["rewards"],
         z["switch"],
@@ -175,11 +195,8 @@ def test_golden_outputs_of_the_released_code(path):
         end_high=z["v_high"][range(B), first] * truncated,
         end_low=z["v_low"][range(B), n - 1] * truncated,
     )
-    close(
-        got,
-        [z[k] for k in ("adv_low", "adv_high", "adv_switch", "ret_low", "ret_high", "ret_switch")],
-        atol=2e-4,
-    )
+    names = ("adv_low", "adv_high", "adv_switch", "ret_low", "ret_high", "ret_switch")
+    close(got, [z[name] for name in names], atol=2e-4)
 
 
 def test_all_golden_files_are_here():
@@ -188,37 +205,39 @@ def test_all_golden_files_are_here():
 
 @pytest.mark.parametrize("seed", range(8))
 def test_gae_is_the_oracle(seed):
-    x, gamma, lam = batch(seed, T=1 + 4 * seed), 0.9, seed / 7
+    x = batch(seed, T=1 + 4 * seed)
+    gamma = 0.9
+    lam = seed / 7
     adv, ret = gae(
         x["rewards"], x["mask"], x["v_low"], gamma=gamma, lam=lam, end_value=x["end_low"]
     )
-    want = torch.tensor(
-        [
-            oracle_gae(
-                x["rewards"][b].tolist(),
-                int(x["mask"][b].sum()),
-                x["v_low"][b].tolist(),
-                gamma,
-                lam,
-                x["end_low"][b].item(),
-            )
-            for b in range(5)
-        ],
-        dtype=torch.float64,
-    )
+    rows = []
+    for b in range(5):
+        expected = oracle_gae(
+            r=x["rewards"][b].tolist(),
+            n=int(x["mask"][b].sum()),
+            v=x["v_low"][b].tolist(),
+            gamma=gamma,
+            lam=lam,
+            end=x["end_low"][b].item(),
+        )
+        rows.append(expected)
+    want = torch.tensor(rows, dtype=torch.float64)
     torch.testing.assert_close(adv, want, atol=1e-10, rtol=0)
     torch.testing.assert_close(ret, (want + x["v_low"]) * x["mask"], atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 8, 33])
-def test_reverse_scan_is_the_loop(T):
+def test_discounted_reverse_cumsum_is_the_loop(T):
     g = torch.Generator().manual_seed(T)
     d, c = torch.randn(2, 3, T, generator=g, dtype=torch.float64)
-    x, want = torch.zeros(3, dtype=torch.float64), []
+    x = torch.zeros(3, dtype=torch.float64)
+    want = []
     for t in reversed(range(T)):
         x = d[:, t] + c[:, t] * x
         want.insert(0, x)
-    torch.testing.assert_close(reverse_scan(d, c), torch.stack(want, 1), atol=1e-10, rtol=0)
+    got = discounted_reverse_cumsum(d, c)
+    torch.testing.assert_close(got, torch.stack(want, 1), atol=1e-10, rtol=0)
 
 
 # ---- limits ----
@@ -233,76 +252,72 @@ def test_one_segment_is_flat_gae():
 
 
 def test_switch_every_turn():
-    """Each segment is one turn: the executor sees one-step errors toward V_high, the planner is flat GAE on V_high."""
+    """Each segment is one turn.
+
+    The executor sees one-step errors toward V_high. The planner is flat GAE on V_high.
+    """
     x = batch(2) | dict(switch=torch.ones(5, 13).bool())
     x["end_low"] = x["end_high"]
     got = hae(**x, gamma=0.9, lam_low=0.7, lam_high=0.8)
-    one_step, _ = gae(
-        x["rewards"], x["mask"], x["v_high"], gamma=0.9, lam=0.0, end_value=x["end_high"]
-    )
-    planner, _ = gae(
-        x["rewards"], x["mask"], x["v_high"], gamma=0.9, lam=0.8, end_value=x["end_high"]
-    )
+    flat = dict(rewards=x["rewards"], mask=x["mask"], values=x["v_high"], end_value=x["end_high"])
+    one_step, _ = gae(**flat, gamma=0.9, lam=0.0)
+    planner, _ = gae(**flat, gamma=0.9, lam=0.8)
     torch.testing.assert_close(got.adv_action, one_step + (x["v_high"] - x["v_low"]) * x["mask"])
     torch.testing.assert_close(got.adv_subgoal, planner)
 
 
 def test_lambda_one_is_monte_carlo_minus_baseline():
-    x = batch(3) | dict(end_high=torch.zeros(5).double(), end_low=torch.zeros(5).double())
+    x = batch(3) | zero_ends()
     got = hae(**x, gamma=1.0, lam_low=1.0, lam_high=1.0)
     to_go = (x["rewards"] * x["mask"]).flip(1).cumsum(1).flip(1)  # [B, T]
-    start = x["mask"] & (x["switch"] | (torch.arange(13) == 0))
-    torch.testing.assert_close(got.adv_subgoal, (to_go - x["v_high"]) * start)
-    torch.testing.assert_close(
-        got.adv_action, (got.ret_switch - x["v_low"]) * x["mask"]
-    )  # G_t, the segment's Monte Carlo
+    torch.testing.assert_close(got.adv_subgoal, (to_go - x["v_high"]) * opens_segment(x))
+    # G_t is the Monte Carlo return of the segment.
+    torch.testing.assert_close(got.adv_action, (got.ret_switch - x["v_low"]) * x["mask"])
 
 
 def test_lambda_zero_is_one_step():
     x = batch(4)
     got = hae(**x, gamma=0.9, lam_low=0.0, lam_high=0.0)
-    start = x["mask"] & (x["switch"] | (torch.arange(13) == 0))
-    torch.testing.assert_close(
-        got.ret_high, got.ret_switch * start
-    )  # the paper's target R_k + gamma_k V_high(next)
+    start = opens_segment(x)
+    # The paper's target R_k + gamma_k V_high(next).
+    torch.testing.assert_close(got.ret_high, got.ret_switch * start)
     for b in range(5):
         n = int(x["mask"][b].sum())
         for t in range(n):
-            inside = (
-                x["end_low"][b]
-                if t + 1 == n
-                else x["v_high"][b, t + 1]
-                if start[b, t + 1]
-                else x["v_low"][b, t + 1]
-            )
-            torch.testing.assert_close(got.ret_low[b, t], x["rewards"][b, t] + 0.9 * inside)
+            if t + 1 == n:
+                v_next = x["end_low"][b]
+            elif start[b, t + 1]:
+                v_next = x["v_high"][b, t + 1]
+            else:
+                v_next = x["v_low"][b, t + 1]
+            torch.testing.assert_close(got.ret_low[b, t], x["rewards"][b, t] + 0.9 * v_next)
 
 
 def test_terminated_is_not_truncated():
     x = batch(5)
-    ended = hae(**(x | dict(end_high=None, end_low=None)))
-    zeros = dict(end_high=torch.zeros(5).double(), end_low=torch.zeros(5).double())
-    close(ended, hae(**(x | zeros)), atol=0)
+    terminated = hae(**(x | dict(end_high=None, end_low=None)))
+    close(terminated, hae(**(x | zero_ends())), atol=0)
+    two = torch.full((5,), 2.0).double()
+    truncated = hae(**(x | dict(end_high=two, end_low=two)), gamma=0.5)
+    terminated = hae(**(x | zero_ends()), gamma=0.5)
     last = x["mask"].sum(1) - 1
-    cut = hae(**(x | {k: torch.full((5,), 2.0).double() for k in zeros}), gamma=0.5)
-    short = hae(**(x | zeros), gamma=0.5)
     for name in ("adv_action", "adv_switch", "ret_low", "ret_switch"):
-        gap = getattr(cut, name)[range(5), last] - getattr(short, name)[range(5), last]
-        torch.testing.assert_close(gap, torch.ones(5).double())
+        gap = getattr(truncated, name) - getattr(terminated, name)
+        torch.testing.assert_close(gap[range(5), last], torch.ones(5).double())
 
 
 def test_credit_stops_at_the_boundary():
-    """A reward after a boundary is the planner's to credit backwards, not the previous executor's."""
-    x = batch(6, B=1, T=9) | dict(
-        switch=torch.tensor([[True, False, False, False, True, False, False, False, False]])
-    )
+    """A reward after a boundary changes earlier planner advantages, not the previous executor's."""
+    switch = torch.tensor([[True, False, False, False, True, False, False, False, False]])
+    x = batch(6, B=1, T=9) | dict(switch=switch)
     before = hae(**x)
     after = hae(**(x | dict(rewards=x["rewards"] + torch.eye(9).double()[6])))
     torch.testing.assert_close(after.adv_action[:, :4], before.adv_action[:, :4], atol=0, rtol=0)
     torch.testing.assert_close(after.adv_switch[:, :4], before.adv_switch[:, :4], atol=0, rtol=0)
     torch.testing.assert_close(after.adv_action[:, 4:7], before.adv_action[:, 4:7] + 1)
+    planner_gain = row(0.95, 1)[0]
     torch.testing.assert_close(
-        after.adv_subgoal[0, [0, 4]], before.adv_subgoal[0, [0, 4]] + row(0.95, 1)[0]
+        after.adv_subgoal[0, [0, 4]], before.adv_subgoal[0, [0, 4]] + planner_gain
     )
 
 
@@ -310,35 +325,39 @@ def test_credit_stops_at_the_boundary():
 
 
 def test_permuting_rows_permutes_results():
-    x, order = batch(7), torch.tensor([3, 0, 4, 1, 2])
-    close(hae(**{k: v[order] for k, v in x.items()}), [v[order] for v in hae(**x)], atol=0)
+    x = batch(7)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    permuted = {name: value[order] for name, value in x.items()}
+    close(hae(**permuted), [value[order] for value in hae(**x)], atol=0)
 
 
 def test_duplicating_a_row_changes_no_other():
-    x, order = batch(8), torch.tensor([0, 1, 1, 2, 3, 4])
-    close(hae(**{k: v[order] for k, v in x.items()}), [v[order] for v in hae(**x)], atol=0)
+    x = batch(8)
+    order = torch.tensor([0, 1, 1, 2, 3, 4])
+    duplicated = {name: value[order] for name, value in x.items()}
+    close(hae(**duplicated), [value[order] for value in hae(**x)], atol=0)
 
 
 def test_padding_changes_nothing():
     x = batch(9)
     wide = {k: v if v.ndim == 1 else torch.nn.functional.pad(v, (0, 20)) for k, v in x.items()}
-    close([v[:, :13] for v in hae(**wide)], hae(**x), atol=1e-14)
-    assert all((v[:, 13:] == 0).all() for v in hae(**wide))
+    got = hae(**wide)
+    close([v[:, :13] for v in got], hae(**x), atol=1e-14)
+    assert all((v[:, 13:] == 0).all() for v in got)
 
 
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e30])
 def test_garbage_off_the_mask_is_harmless(garbage):
     x = batch(10)
-    dirty = {
-        k: v.masked_fill(~x["mask"], garbage) if v.ndim == 2 and v.is_floating_point() else v
-        for k, v in x.items()
-    }
+    dirty = dict(x)
+    for name in ("rewards", "v_high", "v_low", "v_switch"):
+        dirty[name] = x[name].masked_fill(~x["mask"], garbage)
     dirty["switch"] = x["switch"] | ~x["mask"]
     close(hae(**dirty), hae(**x), atol=0)
-    for a, b in zip(
-        gae(dirty["rewards"], x["mask"], dirty["v_low"]), gae(x["rewards"], x["mask"], x["v_low"])
-    ):
-        assert torch.equal(a, b)
+    got = gae(dirty["rewards"], x["mask"], dirty["v_low"])
+    want = gae(x["rewards"], x["mask"], x["v_low"])
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
 
 
 def test_zero_where_undefined():
@@ -347,24 +366,24 @@ def test_zero_where_undefined():
     assert all((v[~x["mask"]] == 0).all() for v in got)
     keep = ~x["switch"]
     keep[:, 0] = False
-    assert (got.adv_subgoal[keep] == 0).all() and (got.ret_high[keep] == 0).all()
+    assert (got.adv_subgoal[keep] == 0).all()
+    assert (got.ret_high[keep] == 0).all()
 
 
 def test_turn_zero_opens_a_segment_whatever_switch_says():
     x = batch(12)
     first = torch.arange(13) == 0
-    close(
-        hae(**(x | dict(switch=x["switch"] | first))),
-        hae(**(x | dict(switch=x["switch"] & ~first))),
-        atol=0,
-    )
+    with_switch = hae(**(x | dict(switch=x["switch"] | first)))
+    with_keep = hae(**(x | dict(switch=x["switch"] & ~first)))
+    close(with_switch, with_keep, atol=0)
 
 
 def test_without_v_switch():
     x = batch(13)
-    full, bare = hae(**x), hae(**(x | dict(v_switch=None)))
+    full = hae(**x)
+    bare = hae(**(x | dict(v_switch=None)))
     assert (bare.adv_switch == 0).all()
-    close([bare[i] for i in (0, 1, 3, 4, 5)], [full[i] for i in (0, 1, 3, 4, 5)], atol=0)
+    close(bare, full._replace(adv_switch=torch.zeros_like(full.adv_switch)), atol=0)
 
 
 @pytest.mark.parametrize(
@@ -393,20 +412,19 @@ def test_gradients_do_not_flow_and_inputs_are_not_modified():
     got = hae(**x)
     adv, ret = gae(x["rewards"], x["mask"], x["v_low"], end_value=x["end_low"])
     gain = switch_gain(x["switch"], x["rewards"], x["v_high"], x["v_low"])
-    assert not any(
-        v.requires_grad for v in (*got, adv, ret, gain, normalize(x["rewards"], x["mask"]))
-    )
+    normalized = normalize(x["rewards"], x["mask"])
+    assert not any(v.requires_grad for v in (*got, adv, ret, gain, normalized))
     assert all(torch.equal(x[k], copy[k]) for k in x)
 
 
 def test_nothing_is_read_back_from_the_device():
-    """A meta tensor has no values, so any read of one raises: the kernels never make the host wait."""
+    """Reading a meta tensor raises, because it has no values. So the kernels never wait."""
     x = {k: v.to("meta") for k, v in batch(17).items()}
     got = hae(**x, validate=False)
     gae(x["rewards"], x["mask"], x["v_low"], end_value=x["end_low"], validate=False)
     switch_gain(x["switch"], x["rewards"], x["v_high"], x["v_low"])
     normalize(got.adv_action, x["mask"])
-    with pytest.raises(Exception):
+    with pytest.raises(RuntimeError):
         hae(**x)  # the validation does read
 
 
@@ -414,31 +432,30 @@ def test_nothing_is_read_back_from_the_device():
 
 
 def test_switch_gain_by_hand():
-    got = switch_gain(
-        torch.tensor([[True, False, True]]), row(0.25, 0.25, 1.0), row(3, 3, 3), row(1, 1, 1)
-    )
-    assert got.tolist() == [
-        [1.5, -0.5, 0.0]
-    ]  # (q - beta) (3 - 1); a certain decision has no advantage
+    """(q - beta) (3 - 1); a certain decision has no advantage."""
+    switch = torch.tensor([[True, False, True]])
+    got = switch_gain(switch, row(0.25, 0.25, 1.0), row(3, 3, 3), row(1, 1, 1))
+    assert got.tolist() == [[1.5, -0.5, 0.0]]
 
 
 def test_switch_gain_has_mean_zero_under_the_policy():
     beta, high, keep = torch.rand(3, 4, 6, dtype=torch.float64)
-    yes, no = (switch_gain(torch.full((4, 6), q), beta, high, keep) for q in (True, False))
-    torch.testing.assert_close(
-        beta * yes + (1 - beta) * no, torch.zeros(4, 6).double(), atol=1e-12, rtol=0
-    )
+    yes = switch_gain(torch.full((4, 6), True), beta, high, keep)
+    no = switch_gain(torch.full((4, 6), False), beta, high, keep)
+    mean = beta * yes + (1 - beta) * no
+    torch.testing.assert_close(mean, torch.zeros(4, 6).double(), atol=1e-12, rtol=0)
 
 
 def test_normalize():
     x = batch(18)
     x["rewards"][~x["mask"]] = float("nan")
-    got, n = normalize(x["rewards"], x["mask"]), x["mask"].sum()
+    got = normalize(x["rewards"], x["mask"])
+    n = x["mask"].sum()
     assert (got[~x["mask"]] == 0).all()
-    assert abs(got.sum() / n) < 1e-12 and abs(got.square().sum() / n - 1) < 1e-6
-    torch.testing.assert_close(
-        normalize(x["rewards"][x["mask"]], torch.ones(n).bool()), got[x["mask"]]
-    )  # any shape
+    assert abs(got.sum() / n) < 1e-12
+    assert abs(got.square().sum() / n - 1) < 1e-6
+    flat = normalize(x["rewards"][x["mask"]], torch.ones(n).bool())  # any shape
+    torch.testing.assert_close(flat, got[x["mask"]])
 
 
 @pytest.mark.parametrize("where", [[False] * 7, [True] + [False] * 6, [True] * 7])
@@ -536,15 +553,21 @@ def test_switch_gain_names_the_bad_argument(name, value):
     [("adv", torch.zeros(2).long()), ("where", torch.ones(2)), ("where", torch.ones(3).bool())],
 )
 def test_normalize_names_the_bad_argument(name, value):
+    x = dict(adv=torch.zeros(2), where=torch.ones(2).bool())
     with pytest.raises(ValueError, match=rf"^{name} must"):
-        normalize(**(dict(adv=torch.zeros(2), where=torch.ones(2).bool()) | {name: value}))
+        normalize(**(x | {name: value}))
 
 
 # ---- the file as a reader meets it ----
 
 
 def test_demo_is_short():
-    out = subprocess.run(
-        [sys.executable, ROOT / "hae.py"], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    assert 11 < len(out) <= 25 and "flat GAE" in out[0]
+    command = [sys.executable, ROOT / "hae.py"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = output.splitlines()
+    assert 11 < len(lines) <= 25
+    assert "flat GAE" in lines[0]
+    assert lines[-1] == (
+        "Segment 2 ends in a state with V_high 0.30. HAE gives its actions negative advantages; "
+        "flat GAE gives them positive ones, because segment 3 earned a reward."
+    )

@@ -1,0 +1,113 @@
+"""From flags and configuration files to a Config."""
+
+import argparse
+import difflib
+import json
+from pathlib import Path
+
+import yaml
+
+from config import FIELDS, Config, ConfigError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+GROUPS = {  # first field of a group -> its title in --help
+    "env": "World, model and method",
+    "episodes": "Rollout",
+    "gamma": "Advantages",
+    "critic": "Update",
+    "bc_episodes": "The tiny agent, evaluation and checkpoints",
+}
+
+
+def read_config(argv):
+    """Flags, and before them one YAML or JSON file if one is given -> Config.
+
+    Later ones win: the defaults of Config; configs/tiny.yaml where there is no model; without a
+    file, the world's own configs/tiny-ENV.yaml or, with a model, configs/ENV-1.5b.yaml; the
+    file; the flags. ConfigError for what is unknown.
+    """
+    argv = list(argv)
+    path = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else None
+    known, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        hint = suggest(unknown[0].lstrip("-"), FIELDS)
+        raise ConfigError(f"there is no flag {unknown[0]!r}{hint}")
+    flags = vars(known)
+    given = {**(_read_file(path) if path else {}), **flags}
+    env = given.get("env", Config.env)
+    layers = []
+    if given.get("model"):
+        world_file = CONFIGS / f"{env}-1.5b.yaml"
+    else:
+        world_file = CONFIGS / f"tiny-{env}.yaml"
+        layers.append(_read_file(CONFIGS / "tiny.yaml"))
+    if path is None and world_file.is_file():
+        layers.append(_read_file(world_file))
+    values = {}
+    for layer in [*layers, given]:
+        values.update(layer)
+    return Config(**{name: _convert(name, value) for name, value in values.items()})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ConfigError(f"{message} (python train.py --help lists all flags)")
+
+
+def _parser():
+    parser = _Parser(
+        prog="train.py",
+        usage="python train.py [CONFIG.yaml] [--flag value ...]",
+        description="Train an LLM agent. A YAML or JSON file may come first; flags win over it. "
+        "Defaults are the paper's; without --model those of configs/tiny.yaml hold.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--plan", action="store_true", help="print the memory plan and stop")
+    group = parser
+    for name, entry in FIELDS.items():
+        if name in GROUPS:
+            group = parser.add_argument_group(GROUPS[name])
+        text = entry.metadata["help"]
+        if entry.type is not dict and entry.default != "":
+            text += f" [{entry.default}]"
+        group.add_argument(f"--{name}", metavar=entry.type.__name__.upper(), help=text)
+    return parser
+
+
+def _read_file(path):
+    try:
+        values = yaml.safe_load(path.read_text()) or {}  # JSON is YAML
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"cannot read the configuration {path}: {reason}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold lines of the form `field: value`")
+    for name in values:
+        if name not in FIELDS:
+            raise ConfigError(f"{path}: there is no field {name!r}{suggest(str(name), FIELDS)}")
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def suggest(name, names):
+    """', did you mean X?' where a name is near, else where to find all."""
+    near = difflib.get_close_matches(name, names, 1)
+    return f", did you mean {near[0]!r}?" if near else " (python train.py --help lists all)"
+
+
+def _convert(name, value):
+    """A value from a file or a flag as the field's type; ConfigError if it is none."""
+    kind = FIELDS[name].type
+    wanted = {int: "a whole number", float: "a number", bool: "true or false"}
+    try:
+        if kind is dict:
+            options = json.loads(value) if isinstance(value, str) else value
+            if not isinstance(options, dict):
+                raise ValueError
+            return options
+        if kind is bool:
+            return {"true": True, "false": False}[str(value).lower()]
+        return kind(str(value))
+    except (ValueError, KeyError):
+        wanted = wanted.get(kind, "a JSON object such as '{\"max_steps\": 30}'")
+        raise ConfigError(f"--{name} must be {wanted}, not {str(value)!r}") from None

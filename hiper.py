@@ -1,26 +1,35 @@
-"""The plan-execute policy and its loss: prompt, parser, decision masks, actor-critic, PPO with three advantages.
+"""HiPER: the plan-execute policy, its advantages and its loss.
 
-One LLM plans and executes. Each turn it writes
+Each turn one LLM plans and executes. It writes three blocks,
 
     <switch>KEEP|SWITCH</switch><subgoal>...</subgoal><action>...</action>
 
-so that pi(q, o, a | s) = pi(q | s, o_prev) pi(o | s)^q pi(a | s, o)                                    (paper, section 3)
-and the policy gradient has one term per decision, each with an advantage of its own:                   # Thm 4.1
-    grad J = E sum_t [ grad log pi(q_t) A_switch + q_t grad log pi(o_t) A_high + grad log pi(a_t) A_low ]
+so the policy factorises (paper, section 3):
 
-N turns (samples), L response tokens, P prompt tokens, H hidden size. q switch, o subgoal, a action, s prompt.
+    pi(q, o, a | s) = pi(q | s, o_prev) pi(o | s)^q pi(a | s, o)
 
-Follow one turn: `plan_execute_prompt` -> generate -> `parse` -> env; then `decision_masks` -> `ActorCritic` -> `hae` (hae.py)
--> `token_advantages` -> `ppo_loss`.
+and the policy gradient has one term per decision, each with its own advantage (Theorem 4.1):
 
-Deviations from the paper: (1) KL to the reference is taken over all response tokens, the policy term over decision tokens; what no
-decision trains (KEEP's subgoal, text outside the blocks) may be held with a weight of its own, since nothing else keeps it in shape.
-From the released code: (2) masks come from the sampled ids, not from text tokenised again; (3) one token-weighted mean over
-all ranks and micro-batches, not a mean of means; (4) on KEEP the carried subgoal stays, whatever the block repeats.
+    grad J = E sum_t [ grad log pi(q_t) A_switch + q_t grad log pi(o_t) A_high
+                       + grad log pi(a_t) A_low ]
+
+One turn in this file: `plan_execute_prompt` -> (generate) -> `parse` -> (environment step) ->
+`decision_masks` -> `ActorCritic` -> `hiper_advantages` -> `policy_loss`, `kl_k3`, `value_loss`.
+
+Notation: N turns (samples), P prompt tokens, L response tokens, H hidden size, B episodes,
+T turns of the longest episode; q switch, o subgoal, a action, s state (prompt).
+
+Deviations from the paper
+    1. The KL to the reference runs over all response tokens, the policy term over the trained
+       ones, and both are divided by the number of response tokens. Tokens that no decision
+       trains (KEEP's subgoal, text outside the blocks) may have a KL weight of their own.
+    2. `normalize=jointly` scales the three advantages together (see `normalize_decisions`).
+Deviations from the released code
+    3. Masks come from the sampled ids, not from text that is tokenised again.
+    4. One token-weighted mean over all processes and micro-batches, not a mean of means.
+    5. On KEEP the carried subgoal stays, whatever the subgoal block repeats.
 """
 
-import re
-import weakref
 from copy import deepcopy
 from typing import NamedTuple
 
@@ -28,399 +37,267 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from support.last_layer import reading
+from hae import hae, switch_gain
+from support.protocol import (  # noqa: F401, prompt, parser and masks belong to the method
+    Decision,
+    Masks,
+    decision_masks,
+    flat_prompt,
+    format_flat_response,
+    format_plan,
+    format_response,
+    parse,
+    parse_flat,
+    plan_execute_prompt,
+    subgoal_positions,
+)
 
-# ---- prompt -----------------------------------------------------------------------------------------------------------
-
-PLAN_EXECUTE = """You act in a text world and work on a task by short-term subgoals, one action per turn.
-
-Task: {task}
-{history}Observation: {observation}
-Subgoal you carry: {subgoal}
-{actions}
-First decide whether the subgoal still stands. Then name the subgoal, then act on it. Answer with these three blocks and \
-nothing else:
-<switch>KEEP</switch> while the subgoal stands, <switch>SWITCH</switch> when it is reached, hopeless or None
-<subgoal>on KEEP the carried subgoal word for word; on SWITCH a new one, reachable in a few actions</subgoal>
-<action>exactly one of the admissible actions</action>"""
-
-FLAT = """You act in a text world and work on a task, one action per turn.
-
-Task: {task}
-{history}Observation: {observation}
-{actions}
-Think first, then act. Answer with these two blocks and nothing else:
-<think>your reasoning</think>
-<action>exactly one of the admissible actions</action>"""
-
-BRIEF_FLAT = "Task: {task}.\n{history}{observation}\n{actions}"  # for a model that was cloned, not instructed
-BRIEF = BRIEF_FLAT.replace(
-    "{actions}", "Subgoal: {subgoal}.\n{actions}"
-)  # what is admissible is read in the subgoal's light
+# ---- actor-critic ------------------------------------------------------------------------------
 
 
-def plan_execute_prompt(task, observation, subgoal="", history=(), admissible=(), brief=False):
-    """The text of one turn. history: the last (observation, action) pairs, oldest first; subgoal: o_{t-1}, "" at turn 0."""
-    return _fill(BRIEF if brief else PLAN_EXECUTE, task, observation, subgoal, history, admissible)
+class PolicyOutput(NamedTuple):
+    """What one forward pass says of N turns; None for what was not asked for."""
 
-
-def flat_prompt(task, observation, history=(), admissible=(), brief=False):
-    """The baselines' prompt, without a plan: <think> and <action>."""
-    return _fill(BRIEF_FLAT if brief else FLAT, task, observation, "", history, admissible)
-
-
-def _fill(template, task, observation, subgoal, history, admissible):
-    past = "".join(f"Earlier: {seen}\nYou did: {did}\n" for seen, did in history)
-    actions = (
-        "Admissible actions: " + ", ".join(f"'{a}'" for a in admissible) + "\n"
-        if admissible
-        else ""
-    )
-    return template.format(
-        task=task, observation=observation, subgoal=subgoal or "None", history=past, actions=actions
-    )
-
-
-def response(switch, subgoal, action):
-    """What a perfectly formed answer looks like: the demonstrator writes this."""
-    return keep_block(subgoal, "SWITCH" if switch else "KEEP") + f"<action>{action}</action>"
-
-
-def flat_response(thought, action):
-    """The same for the flat prompt."""
-    return f"<think>{thought}</think><action>{action}</action>"
-
-
-def keep_block(subgoal, word="KEEP"):
-    """A KEEP block with the carried subgoal: scoring it gives the counterfactual V_low(s, o_{t-1})."""
-    return f"<switch>{word}</switch><subgoal>{subgoal or 'None'}</subgoal>"
-
-
-# ---- parser -----------------------------------------------------------------------------------------------------------
-
-KINDS = ("switch", "subgoal", "action")
-# Well-formed: the tags of one kind with none of the three kinds' tags between them. Bytes, so that `parse` and
-# `decision_masks` cannot disagree.
-BLOCK = {
-    kind: re.compile(
-        rb"<%s>([^<]*(?:<(?!/?(?:switch|subgoal|action)>)[^<]*)*)</%s>"
-        % (kind.encode(), kind.encode())
-    )
-    for kind in KINDS
-}
-
-
-class Decision(NamedTuple):
-    """One parsed turn. Unreadable parts: switch False, subgoal and action ""."""
-
-    switch: bool  # q: SWITCH (True) or KEEP
-    subgoal: str  # o
-    action: str  # a
-    valid: bool
-    error: str  # "" when valid, else what was wrong, in a few words
-
-
-def parse(text):
-    """Read the three blocks -> Decision. Never raises. The first well-formed block of a kind counts.
-
-    Valid: the three blocks once each, in order, `KEEP` or `SWITCH` to the letter, subgoal and action not empty. Text around the
-    blocks is tolerated.
-    """
-    raw = text.encode("utf-8", "replace")
-    blocks = {kind: BLOCK[kind].search(raw) for kind in KINDS}
-    body = {
-        kind: b[1].decode("utf-8", "replace").strip() if b else "" for kind, b in blocks.items()
-    }
-    error = ""
-    for kind in KINDS:
-        tags = raw.count(b"<%s>" % kind.encode()), raw.count(b"</%s>" % kind.encode())
-        if blocks[kind] is None:
-            error = error or (
-                f"no <{kind}> block" if tags == (0, 0) else f"<{kind}> block not well-formed"
-            )
-        elif not body[kind]:
-            error = error or f"empty <{kind}> block"
-        elif tags != (1, 1):
-            error = error or f"more than one <{kind}> tag"
-    if not error and body["switch"] not in ("KEEP", "SWITCH"):
-        error = f"<switch> holds {body['switch'][:20]!r}, not KEEP or SWITCH"
-    if (
-        not error
-        and not blocks["switch"].end()
-        <= blocks["subgoal"].start()
-        < blocks["subgoal"].end()
-        <= blocks["action"].start()
-    ):
-        error = "blocks out of order"
-    return Decision(body["switch"] == "SWITCH", body["subgoal"], body["action"], not error, error)
-
-
-def parse_flat(text):
-    """Read <think> and <action> -> Decision without switch and subgoal. Never raises. Valid: both once, in order, not empty."""
-    raw = text.encode("utf-8", "replace")
-    action = BLOCK["action"].search(raw)
-    body = action[1].decode("utf-8", "replace").strip() if action else ""
-    tags = [b"<think>", b"</think>", b"<action>", b"</action>"]
-    places = [raw.find(tag) for tag in tags]
-    once = (
-        [raw.count(tag) for tag in tags] == [1] * 4
-        and places == sorted(places)
-        and raw[places[0] + 7 : places[1]].strip()
-    )
-    error = (
-        "no <action> block"
-        if not action
-        else "empty <action> block"
-        if not body
-        else ""
-        if once
-        else "<think> block not well-formed"
-    )
-    return Decision(False, "", body, not error, error)
-
-
-# ---- decision masks ---------------------------------------------------------------------------------------------------
-
-
-class Masks(NamedTuple):
-    """Which response tokens belong to which decision; a token belongs to one at the most. Each bool [N, L]."""
-
-    switch: torch.Tensor
-    subgoal: torch.Tensor
-    action: torch.Tensor
-
-
-class Table(list):
-    """A list that answers b"" past its end: Qwen2.5 models have 271 or 399 more ids than their tokenizer, and can sample them."""
-
-    def __getitem__(self, i):
-        return super().__getitem__(i) if i < len(self) else b""
-
-
-_tables = weakref.WeakKeyDictionary()  # tokenizer -> its length, its id -> bytes table
-_plain = weakref.WeakKeyDictionary()  # tokenizer -> that table, a list, its entries' lengths
-
-
-def token_bytes(tokenizer):
-    """list of bytes: what each id stands for, so that joining a sequence's entries gives its text exactly."""
-    size, table = _tables.get(tokenizer, (None, None))
-    if size == len(tokenizer):
-        return table
-    printable = [
-        *range(33, 127),
-        *range(161, 173),
-        *range(174, 256),
-    ]  # byte-level BPE writes these bytes as themselves,
-    others = [
-        b for b in range(256) if b not in printable
-    ]  # the others as the characters from 256 on
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    decoder = str(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None))
-    added = {i: t.content for i, t in tokenizer.added_tokens_decoder.items()}
-    vocab = tokenizer.get_vocab()
-    table = Table([b""] * (max(vocab.values()) + 1))  # a gap in the ids stands for nothing
-    for token, i in vocab.items():
-        if i in added:  # a special token: its own text
-            table[i] = added[i].encode()
-        elif "ByteLevel" in decoder:  # GPT-2, Qwen, Llama 3
-            table[i] = bytes(byte_of[c] for c in token)
-        elif decoder == "None":  # word level: decode joins with spaces
-            table[i] = f" {token}".encode()
-        elif re.fullmatch(r"<0x[0-9A-F]{2}>", token):  # sentencepiece's byte fallback
-            table[i] = bytes([int(token[3:5], 16)])
-        else:  # sentencepiece writes a space as U+2581
-            table[i] = token.replace("\u2581", " ").encode()
-    _tables[tokenizer] = len(tokenizer), table
-    return table
-
-
-def response_text(ids, tokenizer):
-    """The text of generated ids (a list), read from the same table as the masks."""
-    table = token_bytes(tokenizer)
-    return b"".join(table[i] for i in ids).decode("utf-8", "replace")
-
-
-def decision_masks(ids, lengths, tokenizer):
-    """Generated ids -> Masks. ids: int [N, L], right-padded; lengths: int [N]. ValueError on other shapes.
-
-    A decision's tokens are its whole block, tags included; a token belongs to the block that holds its first character (of a
-    merged `></` that is the block before). Only the first well-formed block of a kind counts. Without a readable action the
-    whole response counts as action, so that what went wrong is what is trained.
-    """
-    ids, lengths = torch.as_tensor(ids), torch.as_tensor(lengths)
-    if (
-        ids.ndim != 2
-        or lengths.shape != ids.shape[:1]
-        or (lengths.numel() and int(lengths.max()) > ids.shape[1])
-    ):
-        raise ValueError(
-            f"ids must be [N, L] and lengths [N], at most L: got {tuple(ids.shape)} and {tuple(lengths.shape)}"
-        )
-    table, size = _sizes(tokenizer)
-    known = ids.clamp(max=len(table) - 1)  # the last entry, b"", for all ids beyond the tokenizer
-    piece, (switch, subgoal, action) = table.__getitem__, (BLOCK[kind].search for kind in KINDS)
-    spans = []  # N x 3 x 2: each decision's first byte, one past its last
-    for row, length in zip(known.tolist(), lengths.tolist()):
-        text = b"".join(map(piece, row[:length]))
-        acts = action(text)
-        if acts is None or not acts[1].decode("utf-8", "replace").strip():  # as `parse` reads it
-            spans += 0, 0, 0, 0, 0, len(text) + 1
-        else:
-            for block in (switch(text), subgoal(text), acts):
-                spans += block.span() if block else (0, 0)
-    first, past = (
-        torch.tensor(spans, device=ids.device).view(len(ids), 3, 1, 2).unbind(-1)
-    )  # [N, 3, 1] each
-    size = size.to(ids.device)[known]  # [N, L] bytes of each token
-    starts = (size.cumsum(1) - size)[
-        :, None
-    ]  # [N, 1, L] byte offset of each token's first character
-    inside = (
-        torch.arange(ids.shape[1], device=ids.device) < lengths.to(ids.device)[:, None]
-    )  # [N, L]
-    return Masks(*((first <= starts) & (starts < past) & inside[:, None]).unbind(1))
-
-
-def _sizes(tokenizer):
-    """The table as a plain list that ends with b"", and the length of each entry, int [V + 1]."""
-    table = token_bytes(tokenizer)
-    if table is not _plain.get(tokenizer, (None,))[0]:
-        _plain[tokenizer] = table, [*table, b""], torch.tensor([*map(len, table), 0])
-    return _plain[tokenizer][1:]
-
-
-# ---- actor-critic -----------------------------------------------------------------------------------------------------
-
-
-class Scores(NamedTuple):
-    """What one forward says of N turns."""
-
-    logp: torch.Tensor  # [N, L] log pi of each response token, 0 on padding
+    logprobs: torch.Tensor  # [N, L] log pi of each response token, 0 on padding
     entropy: torch.Tensor  # [N, L] without gradient
-    v_high: torch.Tensor  # [N] V_high(s)           read at the last prompt token
-    v_low: torch.Tensor  # [N] V_low(s, o)         read at the last token of </subgoal>
-    v_switch: torch.Tensor  # [N] V_switch(s, o_prev) read at the last prompt token
+    v_high: torch.Tensor  # [N] V_high(s)            read at the last prompt token
+    v_low: torch.Tensor  # [N] V_low(s, o)          read at the end of the subgoal block
+    v_switch: torch.Tensor  # [N] V_switch(s, o_prev)  read at the last prompt token
 
     def value(self, head):
-        """[N] of head high, low or switch."""
+        """[N] of head "high", "low" or "switch"."""
         return getattr(self, f"v_{head}")
 
 
 class ActorCritic(nn.Module):
-    """A causal LM with three linear value heads, on its own backbone (`shared`) or on a second one (`separate`)."""
+    """A causal LM with three linear value heads.
 
-    def __init__(self, actor, critic="shared", temperature=1.0):
-        super().__init__()
-        if critic not in ("shared", "separate"):
-            raise ValueError(f"critic must be shared or separate, not {critic!r}")
-        self.actor, self.temperature = actor, temperature
-        self.critic = deepcopy(actor.base_model) if critic == "separate" else None
-        self.heads = nn.Linear(actor.config.hidden_size, 3)  # V_high, V_low, V_switch
-        nn.init.zeros_(self.heads.weight)
-        nn.init.zeros_(self.heads.bias)
-
-    def forward(self, ids, prompt_lengths, lengths, subgoal_end, parts=("logp", "values")):
-        """Score N turns -> Scores (None for the parts not asked for).
-
-        ids: int [N, P + L], each row prompt then response, right-padded (so causal attention needs no mask, and positions are
-        those of generation); prompt_lengths, lengths: int [N] prompt and response tokens; subgoal_end: int [N] index *in the
-        response* of the last token of </subgoal>, -1 (the last prompt token) where there is none.
-        """
-        logp = entropy = v_high = v_low = v_switch = None
-        rows = torch.arange(len(ids), device=ids.device)
-        last, acts = (
-            prompt_lengths - 1,
-            prompt_lengths + subgoal_end,
-        )  # [N] each, where the heads read
-        valued = torch.zeros_like(ids, dtype=torch.bool)  # [N, P + L]
-        valued[rows, last] = valued[rows, acts] = True
-        if "logp" in parts:
-            where = torch.arange(int(lengths.max()), device=ids.device) < lengths[:, None]  # [N, L]
-            n, t = where.nonzero(as_tuple=True)  # [M] each: row and place of a response token
-            at, read = prompt_lengths[n] - 1 + t, valued.clone()  # [M] one before it
-            read[n, at] = True
-            with reading(self.actor.base_model, read):
-                hidden = self.actor.base_model(
-                    input_ids=ids, use_cache=False
-                ).last_hidden_state  # [N, P + L, H]
-            flat = token_logp(
-                hidden[n, at], ids[n, at + 1], self.actor.get_output_embeddings(), self.temperature
-            )
-            logp, entropy = (
-                hidden.new_zeros(where.shape, dtype=torch.float32).index_put((where,), x)
-                for x in flat
-            )
-        if "values" in parts:
-            if self.critic is not None or logp is None:
-                backbone, width = (
-                    self.critic or self.actor.base_model,
-                    int(acts.max()) + 1,
-                )  # what comes after is not valued
-                with reading(backbone, valued[:, :width]):
-                    hidden = backbone(input_ids=ids[:, :width], use_cache=False).last_hidden_state
-            v_high, _, v_switch = self.heads(hidden[rows, last]).float().unbind(1)  # [N] each
-            v_low = self.heads(hidden[rows, acts]).float()[:, 1]
-        return Scores(logp, entropy, v_high, v_low, v_switch)
-
-
-def token_logp(hidden, targets, head, temperature=1.0, chunk=2**25):
-    """Log-probability and entropy of M tokens without an [M, V] matrix in float32 at any time.
-
-    hidden: [M, H]; targets: int [M]; head: the output projection; chunk: logits in memory at once. -> float32 [M], [M].
+    critic: "shared" puts the heads on the actor's backbone, "separate" on a copy of it, "none"
+    leaves them out (group methods, reference). The heads compute in float32: advantages are
+    differences of values, and near 10 bfloat16 has steps of 0.06.
     """
 
-    def part(h, y):
-        logits = head(h).float() / temperature  # [m, V]
+    def __init__(self, actor, critic="shared"):
+        super().__init__()
+        if critic not in ("separate", "shared", "none"):
+            raise ValueError(f"critic must be separate, shared or none, not {critic!r}")
+        self.actor = actor
+        self.critic = deepcopy(actor.base_model) if critic == "separate" else None
+        self.value_heads = None
+        if critic != "none":
+            self.value_heads = nn.Linear(actor.config.hidden_size, 3)  # V_high, V_low, V_switch
+            nn.init.zeros_(self.value_heads.weight)
+            nn.init.zeros_(self.value_heads.bias)
+
+    def forward(
+        self, ids, prompt_lengths, response_lengths, subgoal_pos, *, logprobs=True, values=True
+    ):
+        """Score N turns -> PolicyOutput.
+
+        ids: int [N, P + L], each row prompt then response, right-padded: causal attention needs
+        no mask then, and positions equal those of generation. prompt_lengths,
+        response_lengths: int [N] tokens. subgoal_pos: int [N], see `subgoal_positions`.
+        """
+        token_logprobs = entropy = v_high = v_low = v_switch = None
+        hidden = None
+        if logprobs or self.critic is None:
+            hidden = last_hidden_state(self.actor.base_model, ids)  # [N, P + L, H]
+        if logprobs:
+            token_logprobs, entropy = response_logprobs(
+                hidden, ids, prompt_lengths, response_lengths, self.actor.get_output_embeddings()
+            )
+        if values and self.value_heads is not None:
+            if self.critic is not None:
+                hidden = last_hidden_state(self.critic, ids)
+            rows = torch.arange(len(ids), device=ids.device)
+            v_high, _, v_switch = self._values(hidden[rows, prompt_lengths - 1])
+            _, v_low, _ = self._values(hidden[rows, prompt_lengths + subgoal_pos])
+        return PolicyOutput(token_logprobs, entropy, v_high, v_low, v_switch)
+
+    def _values(self, hidden):
+        with torch.autocast(hidden.device.type, enabled=False):
+            values = self.value_heads(hidden.float())  # [N, 3]
+        return [column.clone() for column in values.unbind(1)]  # [N] each; FSDP2 wants no views
+
+
+def last_hidden_state(backbone, ids):
+    """[N, S] ids -> [N, S, H]. The residual stream is float32 where autocast is on.
+
+    So a bfloat16 reference computes exactly what a float32 policy with the same weights does.
+    """
+    embedded = backbone.get_input_embeddings()(ids)
+    if torch.is_autocast_enabled(ids.device.type):
+        embedded = embedded.float()
+    return backbone(inputs_embeds=embedded, use_cache=False).last_hidden_state
+
+
+def response_logprobs(hidden, ids, prompt_lengths, response_lengths, output_layer):
+    """Log-probability and entropy of the response tokens -> float32 [N, L], [N, L]."""
+    width = int(response_lengths.max())
+    in_response = torch.arange(width, device=ids.device) < response_lengths[:, None]  # [N, L]
+    row, column = in_response.nonzero(as_tuple=True)  # [M] each
+    pos = prompt_lengths[row] + column  # [M] the response tokens' places in `ids`
+    logprobs, entropy = logprobs_and_entropy(hidden[row, pos - 1], ids[row, pos], output_layer)
+    empty = torch.zeros(in_response.shape, device=ids.device)
+    return empty.index_put((in_response,), logprobs), empty.index_put((in_response,), entropy)
+
+
+def logprobs_and_entropy(hidden, targets, output_layer, chunk=2**25):
+    """Log-probability and entropy of M tokens, without all [M, V] logits in memory at once.
+
+    hidden: [M, H]; targets: int [M]; chunk: logits in memory at once. -> float32 [M], [M].
+    """
+
+    def score_chunk(hidden_chunk, target_chunk):
+        logits = output_layer(hidden_chunk).float()  # [m, V]
         log_z = logits.logsumexp(-1)
         with torch.no_grad():
             entropy = log_z - (logits.softmax(-1) * logits).sum(-1)
-        return logits.gather(-1, y[:, None]).squeeze(-1) - log_z, entropy
+        return logits.gather(-1, target_chunk[:, None]).squeeze(-1) - log_z, entropy
 
-    rows = max(1, chunk // head.weight.shape[0])
+    rows = max(1, chunk // output_layer.weight.shape[0])
     if len(hidden) <= rows:
-        return part(hidden, targets)
+        return score_chunk(hidden, targets)
     parts = [
-        checkpoint(part, h, y, use_reentrant=False)
-        for h, y in zip(hidden.split(rows), targets.split(rows))
+        checkpoint(score_chunk, hidden_chunk, target_chunk, use_reentrant=False)
+        for hidden_chunk, target_chunk in zip(hidden.split(rows), targets.split(rows), strict=True)
     ]
-    return tuple(map(torch.cat, zip(*parts)))
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
-# ---- loss -------------------------------------------------------------------------------------------------------------
+# ---- advantages --------------------------------------------------------------------------------
+
+DECISIONS = ("switch", "subgoal", "action")
 
 
-def token_advantages(masks, switch, adv_switch, adv_subgoal, adv_action):
-    """Give every decision's tokens that decision's advantage.                                          # Thm 4.1
+class TokenAdvantages(NamedTuple):
+    """What a method hands to the PPO update."""
 
-    masks: Masks [N, L]; switch: bool [N], True where a segment opens; adv_*: [N].
-    -> (advantages [N, L], trained bool [N, L]). On KEEP turns the subgoal's tokens are not trained: q_t = 0.
+    advantages: torch.Tensor  # [N, L] each token's advantage
+    token_mask: torch.Tensor  # bool [N, L], the tokens that are trained
+    targets: dict  # value head -> (target [N], bool [N] where it has one)
+    raw: dict  # name -> [B, T], before normalisation, for people to read
+
+
+def hiper_advantages(batch, old, config, normalize, *, end_values, v_keep=None):
+    """HiPER: the advantages of switch, subgoal and action, each on its own tokens.
+
+    batch: support.batch.Batch; old: PolicyOutput of the turns; end_values: of the states after
+    each episode's last turn, None to count truncated episodes as ended. normalize:
+    `hae.normalize` over all processes. v_keep: [N] V_low(s_t, o_{t-1}), needed by
+    switch_advantage=closed_form.
     """
-    opened = masks.subgoal & switch[:, None]  # q_t grad log pi(o_t)
-    adv = (
-        masks.switch * adv_switch[:, None]
-        + opened * adv_subgoal[:, None]
-        + masks.action * adv_action[:, None]
+    estimates, targets = _estimate(batch, old, config, end_values=end_values, v_keep=v_keep)
+    opens = batch.switch & batch.mask  # [B, T] a subgoal is chosen
+    decides = batch.mask.clone()  # [B, T] the agent chooses between KEEP and SWITCH:
+    decides[:, 0] = False  # not at turn 0,
+    decides &= config.segments == "learned"  # nor where segments are imposed
+    trained = config.decisions.split(",")
+    where = {"switch": decides, "subgoal": opens, "action": batch.mask}
+    where = {kind: turns & (kind in trained) for kind, turns in where.items()}
+    scaled = normalize_decisions(estimates, where, normalize, config.normalize)
+    advantages, token_mask = token_advantages(
+        batch.samples.masks,
+        {kind: batch.to_turns(turns) for kind, turns in where.items()},
+        {kind: batch.to_turns(estimate) for kind, estimate in scaled.items()},
     )
-    return adv, masks.switch | opened | masks.action
+    everywhere = batch.to_turns(batch.mask)  # [N] all True
+    value_targets = {
+        "high": (batch.to_turns(targets.ret_high), batch.to_turns(opens)),
+        "low": (batch.to_turns(targets.ret_low), everywhere),
+        "switch": (batch.to_turns(targets.ret_switch), everywhere),
+    }
+    raw = {f"A_{kind}": estimates[kind] * batch.mask for kind in ("subgoal", "action", "switch")}
+    return TokenAdvantages(advantages, token_mask, value_targets, raw)
 
 
-def policy_loss(logp, old_logp, adv, clip=0.2):
-    """PPO's clipped surrogate, per token [N, L], to be minimised; and whether the clip was active."""
-    ratio = (logp - old_logp).exp()
-    clipped = ratio.clamp(1 - clip, 1 + clip)
-    return -torch.minimum(ratio * adv, clipped * adv), (clipped * adv < ratio * adv).detach()
+def _estimate(batch, old, config, *, end_values, v_keep):
+    """-> ({decision: advantage [B, T]}, the HAE that holds the value targets)."""
+    v_high, v_low, v_switch = (batch.to_grid(old.value(h)) for h in ("high", "low", "switch"))
+    end_high = end_low = None  # a truncated episode counts as ended
+    if end_values is not None:
+        end_high = end_values.v_high * batch.truncated  # [B]
+        end_low = end_values.v_low * batch.truncated
+    inputs = dict(
+        rewards=batch.rewards,
+        switch=batch.switch,
+        mask=batch.mask,
+        v_high=v_high,
+        v_low=v_low,
+        v_switch=v_switch,
+        gamma=config.gamma,
+        end_high=end_high,
+        end_low=end_low,
+    )
+    estimate = hae(**inputs, lam_low=config.lam_low, lam_high=config.lam_high)
+    targets = estimate
+    if config.value_target == "td0":  # the paper's one-step targets
+        targets = hae(**inputs, lam_low=0.0, lam_high=0.0)
+    adv_switch = estimate.adv_switch
+    if config.switch_advantage == "closed_form":  # the paper's
+        p_written = (old.logprobs * batch.samples.masks.switch).sum(1).exp()  # [N]
+        p_switch = torch.where(batch.to_turns(batch.switch), p_written, 1 - p_written)
+        v_keep = batch.to_grid(v_keep)
+        adv_switch = switch_gain(batch.switch, batch.to_grid(p_switch), v_high, v_keep)
+    advantages = {
+        "switch": adv_switch,
+        "subgoal": estimate.adv_subgoal,
+        "action": estimate.adv_action,
+    }
+    return advantages, targets
 
 
-def kl_k3(logp, ref_logp):
-    """Schulman's k3 estimator of KL(pi || ref), per token [N, L]: exp(d) - d - 1 >= 0 with d = log ref - log pi."""
-    d = ref_logp - logp
+def normalize_decisions(advantages, where, normalize, how):
+    """Centre each decision's advantages [B, T]; scale them to unit variance, jointly or each.
+
+    "jointly" keeps the proportions that the policy gradient has (Theorem 4.1). "per_decision"
+    (the paper) weights solved and unsolved decisions equally.
+    """
+    if how == "per_decision":
+        return {kind: normalize(advantages[kind], where[kind]) for kind in DECISIONS}
+    centred = [normalize(advantages[kind], where[kind], scale=False) for kind in DECISIONS]
+    together = torch.cat([where[kind] for kind in DECISIONS], 1)
+    scaled = normalize(torch.cat(centred, 1), together)  # [B, 3 T]
+    return dict(zip(DECISIONS, scaled.chunk(3, 1), strict=True))
+
+
+def token_advantages(masks, where, advantages):
+    """Put each decision's advantage on that decision's tokens (Theorem 4.1).
+
+    masks: Masks [N, L]; where: {decision: bool [N], the turns that take it}; advantages:
+    {decision: [N]}. -> (advantages [N, L], trained tokens bool [N, L]).
+    """
+    switch = masks.switch & where["switch"][:, None]
+    subgoal = masks.subgoal & where["subgoal"][:, None]  # q_t: none on KEEP turns
+    action = masks.action & where["action"][:, None]
+
+    term_q = switch * advantages["switch"][:, None]  # grad log pi(q_t) A_switch
+    term_o = subgoal * advantages["subgoal"][:, None]  # q_t grad log pi(o_t) A_high
+    term_a = action * advantages["action"][:, None]  # grad log pi(a_t) A_low
+    return term_q + term_o + term_a, switch | subgoal | action
+
+
+# ---- loss --------------------------------------------------------------------------------------
+
+
+def policy_loss(logprobs, old_logprobs, advantages, clip_range=0.2):
+    """PPO's clipped surrogate, to be minimised; and whether the clip was active. Both [N, L]."""
+    ratio = (logprobs - old_logprobs).exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    return loss, (clipped * advantages < ratio * advantages).detach()
+
+
+def kl_k3(logprobs, ref_logprobs):
+    """Schulman's k3 estimator of KL(pi || ref), [N, L]: exp(d) - d - 1, d = log ref - log pi."""
+    d = ref_logprobs - logprobs
     return d.exp() - d - 1
 
 
-def value_loss(value, old_value, target, clip=0.5):
-    """Squared error [N] / 2, the worse of the free and the clipped value; clip 0 leaves the clip out."""
+def value_loss(value, old_value, target, value_clip=0.5):
+    """Half the squared error [N]: the larger of the free and the clipped value's; 0: no clip."""
     loss = (value - target) ** 2
-    if clip:
-        near = old_value + (value - old_value).clamp(-clip, clip)
+    if value_clip:
+        near = old_value + (value - old_value).clamp(-value_clip, value_clip)
         loss = torch.maximum(loss, (near - target) ** 2)
     return loss / 2

@@ -1,109 +1,163 @@
-"""Checkpoints: all that a run needs to go on, so that one that was killed ends as if it had not been.
+"""The files of a run, so that one that was killed goes on as if it had not been.
 
-    checkpoint.pt        weights, moments, iteration and log: what `restore` takes; checkpoint.old.pt is the one before
-    actor/, best/        the actor in Hugging Face's format, of the last save and of the save before which most training episodes were won
+    config.json                     the settings
+    checkpoint/                     Accelerate's state (weights, optimizer), iteration and log;
+                                    checkpoint.old/ is the one before
+    actor/, best/                   the actor in Hugging Face's format: of the last save, and of the
+                                    save before which most training episodes succeeded
     metrics.jsonl, evals.jsonl      the log; curve.png shows it
 
-Everything is complete before it takes its predecessor's place. Random states need no saving: an iteration seeds itself.
+Each is complete before it takes its predecessor's place. Random states need no saving: every
+iteration seeds itself.
 """
 
+import dataclasses
 import errno
 import json
 import pickle
 import shutil
-import zipfile
+from pathlib import Path
 from statistics import mean
 
-import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from support import sharding as shard
-from config import UserError
-from support.metrics import picture
+from config import Config, ConfigError
+from support.plots import plot_curves
+
+# Settings that do not change what is learnt: a run goes on with others.
+FREE = {"out", "iterations", "micro_batch_tokens", "num_envs", "save_every", "eval_episodes"}
 
 
-def save(out, policy, tokenizer, optimizer, iteration, log, best=False, main=True):
-    """A checkpoint and the actor in Hugging Face's format, each complete before it takes the old one's place. By all processes.
+def prepare_run_dir(out, config):
+    """Make the folder of a new run, or accept the folder of the same run.
 
-    best: the actor is kept in out/best as well.
+    ConfigError, with nothing touched, otherwise. A new run's folder may hold `start/`, the clone
+    of another run, from which it then begins.
     """
-    state = shard.whole({"policy": policy.state_dict(), "optimizer": optimizer.state_dict()}, main)
-    if not main:
-        return
-    actor = {
-        name: state["policy"][f"actor.{name}"] for name, _ in policy.actor.named_parameters()
-    }  # tied ones once
-    folders = [out / "actor", out / "best"][: 1 + best]
+    mine = dataclasses.asdict(config)
+    path = out / "config.json"
+    if path.is_file():
+        differs = differences(path, mine)
+        refused = [text for name, text in differs.items() if name not in FREE]
+        if refused and has_learnt(out):
+            raise ConfigError(
+                f"{out} holds another run ({'; '.join(refused)}): give another --out, or remove it"
+            )
+        if differs:
+            tqdm.write(f"{out} goes on with other settings: {'; '.join(differs.values())}")
+    elif out.exists():
+        if not out.is_dir() or {entry.name for entry in out.iterdir()} - {"config.tmp", "start"}:
+            raise ConfigError(f"{out} exists and is not a run of this script: give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.tmp").write_text(json.dumps(mine, indent=1))
+    (out / "config.tmp").replace(path)
+
+
+def differences(path, mine):
+    """{setting: what it was and is}. A setting that a later version added had its default."""
     try:
-        torch.save({**state, "iteration": iteration, "log": log}, out / "checkpoint.tmp")
-        for folder in folders:
-            policy.actor.save_pretrained(
-                folder.with_suffix(".tmp"), state_dict=dict(actor)
-            )  # which it empties
-            tokenizer.save_pretrained(folder.with_suffix(".tmp"))
-    except (
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # of torch and safetensors where the disk is full
+        theirs = {**dataclasses.asdict(Config()), **json.loads(path.read_text())}
+    except (ValueError, TypeError):
+        raise ConfigError(f"{path} cannot be read: give another --out, or remove it") from None
+    return {
+        name: f"{name} {theirs[name]!r} before, {value!r} now"
+        for name, value in mine.items()
+        if theirs[name] != value and name != "out"
+    }
+
+
+def has_learnt(out):
+    """Whether the folder holds anything that its settings have shaped."""
+    return any((out / name).exists() for name in ("start", "checkpoint", "checkpoint.old"))
+
+
+def save_checkpoint(out, run, iteration, log):
+    """Everything that `load_checkpoint` needs, and the actor. Called by all processes.
+
+    run: train.Run; log: {"lines": metrics of each iteration, "evals": evaluations}.
+    """
+    accelerator = run.accelerator
+    temporary = out / "checkpoint.tmp"
+    try:
+        accelerator.save_state(str(temporary), safe_serialization=False)  # files with checksums
+        weights = accelerator.get_state_dict(run.policy)
+        if accelerator.is_main_process:
+            (temporary / "run.json").write_text(json.dumps({"iteration": iteration, "log": log}))
+            folders = [out / "actor"]
+            if is_best(log["lines"], run.config.save_every):
+                folders.append(out / "best")
+            for folder in folders:
+                _save_actor(folder, run, weights)
+    except (RuntimeError, SafetensorError) as error:  # torch and safetensors, where a disk is full
         raise OSError(errno.ENOSPC, str(error)) from None
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.with_suffix(".tmp").rename(folder)
-    if (out / "checkpoint.pt").exists():
-        (out / "checkpoint.pt").replace(out / "checkpoint.old.pt")
-    (out / "checkpoint.tmp").replace(out / "checkpoint.pt")
-    write_log(out, log)
-    picture(out, log)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if (out / "checkpoint").exists():
+            shutil.rmtree(out / "checkpoint.old", ignore_errors=True)
+            (out / "checkpoint").rename(out / "checkpoint.old")
+        temporary.rename(out / "checkpoint")
+        write_log(out, log)
+        plot_curves(out, log)
+    accelerator.wait_for_everyone()
 
 
-def best_yet(lines, every):
-    """Whether more training episodes were won since the last save than between any two before; at the first, there is no other."""
-    won = [
-        mean(line["success"] for line in lines[k : k + every]) for k in range(0, len(lines), every)
+def _save_actor(folder, run, weights):
+    """The actor and the tokenizer in Hugging Face's format, in place of what was there."""
+    actor = run.model.actor
+    names = [name for name, _ in actor.named_parameters()]  # tied weights once
+    temporary = folder.with_suffix(".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    actor.save_pretrained(temporary, state_dict={name: weights[f"actor.{name}"] for name in names})
+    run.tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def is_best(lines, every):
+    """Whether more training episodes succeeded since the last save than between any two before."""
+    successes = [
+        mean(line["success"] for line in lines[start : start + every])
+        for start in range(0, len(lines), every)
     ]
-    return won[-1] > max(won[:-1], default=-1)
+    return successes[-1] > max(successes[:-1], default=-1)
 
 
-def load(out, mmap=False):
-    """The last checkpoint that can be read, or None where none was written; mmap: left on disk. UserError where all are damaged."""
+def load_checkpoint(out, run):
+    """Load the last readable checkpoint into the run -> (iteration, log); (0, empty) for none.
+
+    ConfigError where checkpoints exist and none can be read.
+    """
     damaged = []
-    for path in (out / "checkpoint.pt", out / "checkpoint.old.pt"):
-        if not path.exists():
+    for folder in (out / "checkpoint", out / "checkpoint.old"):
+        if not folder.exists():
             continue
         try:
-            if zipfile.is_zipfile(path):  # or torch tries older formats on it
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            saved = json.loads((folder / "run.json").read_text())
+            run.accelerator.load_state(str(folder))
+            return saved["iteration"], saved["log"]
         except (
+            OSError,
             RuntimeError,
             EOFError,
+            ValueError,
+            KeyError,
             pickle.UnpicklingError,
-        ):  # of torch where bytes were altered
-            pass
-        damaged.append(path)
-        tqdm.write(f"warning: {path} is damaged: looking for the one before")
+            SafetensorError,
+        ):
+            damaged.append(folder)
+            tqdm.write(f"warning: {folder} is damaged: trying the one before")
     if damaged:
-        raise UserError(
+        raise ConfigError(
             f"no checkpoint of {out} can be read: give another --out, or remove "
             f"{' and '.join(map(str, damaged))} to begin anew"
         )
-
-
-def restore(policy, optimizer, saved):
-    """A checkpoint's weights and moments into these, which may be in shards -> its (iteration, log)."""
-    policy.load_state_dict(
-        {name: shard.like(saved["policy"][name], p) for name, p in policy.state_dict().items()}
-    )
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    moments = {
-        i: {name: shard.like(x, params[i]) for name, x in state.items()}
-        for i, state in saved["optimizer"]["state"].items()
-    }
-    optimizer.load_state_dict({**saved["optimizer"], "state": moments})
-    return saved["iteration"], saved["log"]
+    return 0, {"lines": [], "evals": []}
 
 
 def write_log(out, log):
+    """metrics.jsonl and evals.jsonl, each replaced as a whole."""
     for name, part in {"metrics.jsonl": "lines", "evals.jsonl": "evals"}.items():
-        (out / "log.tmp").write_text("".join(json.dumps(line) + "\n" for line in log[part]))
-        (out / "log.tmp").replace(out / name)
+        temporary = Path(out) / "log.tmp"
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in log[part]))
+        temporary.replace(Path(out) / name)

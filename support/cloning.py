@@ -1,7 +1,8 @@
-"""From nothing: a tokenizer from the world's own words, a tiny Qwen2, and cloning of the scripted expert.
+"""The tiny agent: a tokenizer from the world's own words, a small Qwen2, and a cloned expert.
 
-Where no pretrained weights are given (`--model` left out), this stands in for them: a byte-level BPE tokenizer that keeps
-`drawer 1` as one token, a Qwen2 of about half a million parameters, and demonstrations of an expert who errs.
+It stands in for pretrained weights where `--model` is not given: a byte-level BPE tokenizer that
+keeps `drawer 1` as one token, a Qwen2 of about half a million parameters, and behaviour cloning
+of a scripted expert that makes mistakes.
 """
 
 import random
@@ -9,133 +10,191 @@ import re
 from collections import Counter
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import AddedToken, pre_tokenizers
+from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 import envs
 import hiper
-from rollout import Seat, encode, micro_batches, samples_of
+from config import SUCCESS_REWARD
+from rollout import AgentState
+from support.batch import make_samples
+from support.generation import tokenize_prompts
+from support.scoring import micro_batches
+from support.tokens import token_bytes
+
+EPOCHS = 2  # passes over the demonstrations
+LEARNING_RATE = 2e-3
+BETAS = (0.9, 0.95)  # 0.999 averages squared gradients over 1,000 of the 1,600 steps
+BATCH = 32  # turns per step
+VALUE_WEIGHT = 0.002  # of the value loss beside the response loss
+HEADS = "value_heads.safetensors"
+
+
+def clone_expert(config, out, pool, device):
+    """Demonstrations, tokenizer, tiny model and cloning -> out/start, in Hugging Face's format."""
+    settings = dict(getattr(envs.world(config.env), "DEMONSTRATOR", {}))
+    size = envs.size(config.env, pool.split)
+    tasks = demonstrated_tasks(size, config.bc_episodes, settings.pop("tasks", 0))
+    examples = demonstrations(pool, tasks, config, **settings)
+    tokenizer = train_tokenizer([text for example in examples for text in example[:2]])
+    torch.manual_seed(config.seed)
+    model = tiny_model(tokenizer, config.attention or "sdpa")
+    policy = hiper.ActorCritic(model, "shared").to(device)
+    clone(policy, tokenizer, examples, config)
+    temporary = out / "start.tmp"
+    policy.actor.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    save_file(policy.value_heads.state_dict(), temporary / HEADS)
+    temporary.rename(out / "start")
+
+
+def demonstrated_tasks(size, count, few):
+    """`count` task indices: of the first tasks, or spread over `few` tasks of the split."""
+    few = min(few, size)
+    if not few:
+        return list(range(min(count, size)))
+    return [n * few // count * size // few for n in range(count)]
+
+
+# ---- demonstrations ----------------------------------------------------------------------------
 
 
 def demonstrations(
-    runner,
+    pool,
     tasks,
+    config,
     *,
-    plan_noise,
-    act_noise=0.0,
-    slips,
-    blunders=0.0,
-    style,
-    seed,
-    slots=64,
+    random_subgoals=0.0,
+    action_noise=0.0,
+    wrong_actions=0.0,
     disguises=0,
 ):
-    """Episodes of the scripted expert -> list of (prompt text, response text, turns to victory or None), turn by turn.
+    """Episodes of the scripted expert -> list of (prompt text, response text, turns to success).
 
-    He is a poor planner: with probability `plan_noise` he switches to any subgoal that one could have (`info["subgoals"]`, where
-    the world lists them), and that is what is shown. As an executor he knows what to do, but with probability `act_noise` does and
-    shows anything admissible. With probability `slips` another action happens instead, admissible here or earlier: shown is what he
-    meant, so that the clone has seen how to go on after a mistake. With probability `blunders` it is something that could be done in
-    another episode and mostly cannot here: a clone that errs so must not have learnt to repeat itself. Then come all of them again,
-    `disguises` times, each time under other names. RuntimeError where the world has no expert, or no `disguise`.
+    The last is None in an episode without success. The expert plans badly on purpose: with
+    probability `random_subgoals`, when it switches, it takes any subgoal one could choose now
+    (info["subgoals"]), and shows that one. With probability `action_noise` another action happens
+    than the one it shows, admissible now or earlier, so that the clone sees how to go on after a
+    mistake. With probability `wrong_actions` an action of another episode happens, which mostly
+    fails here. `disguises` further copies follow, each under other names (world.disguise).
+    RuntimeError where the world has no expert, or no `disguise`.
     """
-    rng, shown, tasks = random.Random(seed), [], list(tasks)
-    for start in range(0, len(tasks), slots):
-        part = dict(enumerate(tasks[start : start + slots]))
-        seats = {
-            slot: Seat(part[slot], *reset, style) for slot, reset in runner.reset(part).items()
-        }
-        stray, told, won = {}, {slot: [] for slot in seats}, set()
-        while seats:
-            try:
-                advice = runner.expert({slot: seat.subgoal for slot, seat in seats.items()})
-            except AttributeError:
-                raise RuntimeError(
-                    f"world {runner.name!r} has no expert to clone: give --model, or --demos 0"
-                ) from None
-            seats = {
-                slot: seat for slot, seat in seats.items() if advice[slot]
-            }  # he may not know how to go on
-            whims = {
-                slot: rng.choice(seat.info["subgoals"])
-                for slot, seat in seats.items()
-                if advice[slot][0] and seat.info.get("subgoals") and rng.random() < plan_noise
-            }
-            whims = {
-                slot: (True, *reply[1:]) for slot, reply in runner.expert(whims).items() if reply
-            }  # None: lost on the way
-            said, done = {}, {}
-            for slot, seat in seats.items():
-                switch, subgoal, action = whims.get(slot, advice[slot])
-                action = (
-                    rng.choice(seat.info["admissible"])
-                    if act_noise and rng.random() < act_noise
-                    else action
-                )
-                said[slot] = hiper.Decision(switch, subgoal, action, True, "")
-                stray.setdefault(slot, []).extend(seat.info["admissible"])
-                done[slot] = rng.choice(stray[slot]) if rng.random() < slips else action
-                if blunders and rng.random() < blunders:
-                    done[slot] = rng.choice(rng.choice(list(seats.values())).info["admissible"])
-                told[slot].append(
-                    (
-                        seat.prompt(),
-                        hiper.flat_response(subgoal, action)
-                        if style.prompt == "flat"
-                        else hiper.response(switch, subgoal, action),
-                    )
-                )
-            outcomes = runner.step(done)
-            seats = {
-                slot: seat
-                for slot, seat in seats.items()
-                if not seat.answer([], [], said[slot], outcomes[slot])
-            }
-            won.update({slot for slot in outcomes if outcomes[slot][-1]["won"]})
-        shown += [
-            [(*turn, len(turns) - 1 - t if slot in won else None) for t, turn in enumerate(turns)]
-            for slot, turns in told.items()
-        ]
-    if disguises and not hasattr(envs.world(runner.name), "disguise"):
-        raise RuntimeError(
-            f"world {runner.name!r} has no other names for its things: --disguises 0"
+    rng = random.Random(config.seed)
+    episodes = []
+    for start in range(0, len(tasks), config.num_envs):
+        part = dict(enumerate(tasks[start : start + config.num_envs]))
+        episodes += _demonstrate(
+            pool,
+            part,
+            config,
+            rng,
+            random_subgoals=random_subgoals,
+            action_noise=action_noise,
+            wrong_actions=wrong_actions,
         )
-    copies = [envs.world(runner.name).disguise(shown, rng) for _ in range(disguises)]
-    return [turn for episodes in [shown, *copies] for turns in episodes for turn in turns]
+    if disguises and not hasattr(envs.world(pool.name), "disguise"):
+        raise RuntimeError(f"world {pool.name!r} has no `disguise`: leave out `disguises`")
+    copies = [envs.world(pool.name).disguise(episodes, rng) for _ in range(disguises)]
+    return [turn for part in [episodes, *copies] for turns in part for turn in turns]
+
+
+def _demonstrate(pool, tasks, config, rng, *, random_subgoals, action_noise, wrong_actions):
+    """Play {slot: task index} side by side -> one list of turns per episode."""
+    resets = pool.reset(tasks)
+    agents = {slot: AgentState(config, tasks[slot], *resets[slot]) for slot in tasks}
+    seen_actions = {slot: [] for slot in tasks}
+    shown = {slot: [] for slot in tasks}  # (prompt, response) of each turn
+    succeeded = set()
+    while agents:
+        advice = _advice(pool, agents, rng, random_subgoals)
+        agents = {slot: agents[slot] for slot in advice}
+        done = {}
+        for slot, (switch, subgoal, action) in advice.items():
+            state = agents[slot]
+            seen_actions[slot].extend(state.info["admissible"])
+            done[slot] = action
+            if rng.random() < action_noise:
+                done[slot] = rng.choice(seen_actions[slot])
+            if wrong_actions and rng.random() < wrong_actions:
+                done[slot] = rng.choice(rng.choice(list(agents.values())).info["admissible"])
+            if config.prompt == "flat":
+                response = hiper.format_flat_response(subgoal, action)
+            else:
+                response = hiper.format_response(switch, subgoal, action)
+            shown[slot].append((state.prompt(), response))
+        for slot, outcome in pool.step(done).items():
+            switch, subgoal, action = advice[slot]
+            if outcome is None:  # lost with its environment process
+                del agents[slot]
+                continue
+            agents[slot].record_turn(
+                [], [], hiper.Decision(switch, subgoal, action, True, ""), outcome
+            )
+            if outcome[-1]["won"]:
+                succeeded.add(slot)
+        agents = {slot: state for slot, state in agents.items() if not state.ended}
+    return [
+        [
+            (prompt, response, len(turns) - 1 - t if slot in succeeded else None)
+            for t, (prompt, response) in enumerate(turns)
+        ]
+        for slot, turns in shown.items()
+    ]
+
+
+def _advice(pool, agents, rng, random_subgoals):
+    """{slot: (switch, subgoal, action)} of the expert, without episodes it cannot go on with."""
+    try:
+        advice = pool.expert({slot: state.subgoal for slot, state in agents.items()})
+    except AttributeError:
+        raise RuntimeError(f"world {pool.name!r} has no expert to clone: give --model") from None
+    advice = {slot: reply for slot, reply in advice.items() if reply}
+    random_choice = {}
+    for slot, (switch, _, _) in advice.items():
+        choices = agents[slot].info.get("subgoals")
+        if switch and choices and rng.random() < random_subgoals:
+            random_choice[slot] = rng.choice(choices)
+    for slot, reply in pool.expert(random_choice).items():
+        if reply:
+            advice[slot] = (True, *reply[1:])
+    return advice
+
+
+# ---- tokenizer and model -----------------------------------------------------------------------
 
 
 def train_tokenizer(texts, vocab_size=2048):
-    """Qwen2's own tokenizer class, its byte-level BPE learnt from `texts` (no text is unknown); a tag or a name such as
-    ` drawer 1`, a product's number or an option of its is one token of its own. -> Qwen2Tokenizer, which AutoTokenizer finds again beside a
-    Qwen2 model."""
+    """Qwen2's tokenizer class with byte-level BPE learnt from `texts` -> Qwen2Tokenizer.
+
+    Any text can be encoded. A tag, or a name such as ` drawer 1`, a product number or a product
+    option, is one token. AutoTokenizer finds it again beside a Qwen2 model.
+    """
     end = "<|endoftext|>"
     letters = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer = Qwen2Tokenizer({token: i for i, token in enumerate([end, *sorted(letters)])}, [])
-    tokenizer = tokenizer.train_new_from_iterator(
+    vocabulary = {token: i for i, token in enumerate([end, *sorted(letters)])}
+    tokenizer = Qwen2Tokenizer(vocabulary, []).train_new_from_iterator(
         texts, vocab_size, initial_alphabet=letters, show_progress=False
     )
-    names = Counter(
-        name
-        for text in texts
-        for name in re.findall(r"</?[a-z]+>|KEEP|SWITCH|go to| [a-z]+ \d+|\bB[0-9A-Z]{9}\b", text)
-    )
-    options = Counter(
-        name for text in texts for name in re.findall(r"click\[([a-z0-9][^][]+)\]", text)
-    )
-    tokenizer.add_tokens(
-        [AddedToken(name, normalized=False) for name, _ in names.most_common(vocab_size)]
-    )
-    tokenizer.add_tokens(
-        [
-            AddedToken(name, normalized=False, single_word=True)
-            for name, _ in options.most_common(vocab_size)
-        ]
-    )
+    names = re.compile(r"</?[a-z]+>|KEEP|SWITCH|go to| [a-z]+ \d+|\bB[0-9A-Z]{9}\b")
+    options = re.compile(r"click\[([a-z0-9][^][]+)\]")
+    for pattern, whole_word in ((names, False), (options, True)):
+        found = Counter(name for text in texts for name in pattern.findall(text))
+        tokenizer.add_tokens(
+            [
+                AddedToken(name, normalized=False, single_word=whole_word)
+                for name, _ in found.most_common(vocab_size)
+            ]
+        )
     return tokenizer
 
 
 def tiny_model(tokenizer, attention="eager", hidden=128, layers=2):
-    """A Qwen2 built from a config, random weights, float32; `drawer 1` starts near `drawer` and `1`, which halves cloning."""
+    """A Qwen2 from a config, random weights, float32.
+
+    `drawer 1` starts near the sum of `drawer` and `1`, which halves the time of cloning.
+    """
     model = Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=len(tokenizer),
@@ -154,79 +213,74 @@ def tiny_model(tokenizer, attention="eager", hidden=128, layers=2):
             attn_implementation=attention,
         )
     )
-    texts = [piece.decode("utf-8", "replace") for piece in hiper.token_bytes(tokenizer)]
-    ids, table = (
-        {text: i for i, text in enumerate(texts)},
-        model.get_input_embeddings().weight.data,
-    )  # [V, H]
+    table = token_bytes(tokenizer)
+    texts = [table[i].decode("utf-8", "replace") for i in range(len(tokenizer))]
+    ids = {text: i for i, text in enumerate(texts)}
+    weight = model.get_input_embeddings().weight.data  # [V, H]
     for i, text in enumerate(texts):
         kind, _, number = text.rpartition(" ")
         if kind in ids and number in ids and number.isdigit():
-            table[i] = (table[ids[kind]] + table[ids[number]]) / 2**0.5 + 0.3 * table[i]
+            parts = (weight[ids[kind]] + weight[ids[number]]) / 2**0.5
+            weight[i] = parts + 0.3 * weight[i]
     return model
 
 
-def clone(
-    policy,
-    tokenizer,
-    shown,
-    *,
-    epochs,
-    lr,
-    seed,
-    gamma,
-    success_reward,
-    batch=32,
-    value_weight=0.002,
-    max_prompt=None,
-    tokens=2**14,
-    progress=iter,
-):
-    """Supervised learning of the demonstrations, in place: the actor their responses, the value heads their returns.
+# ---- cloning -----------------------------------------------------------------------------------
 
-    max_prompt: tokens, a longer prompt loses its left end; tokens: in one forward, padding included.
-    -> mean loss of the responses over the last twenty steps, nats per token. The clone acts as the demonstrator did, so his
-    returns are the clone's too, or nearly, and the critic need not start blind.
+
+def clone(policy, tokenizer, examples, config):
+    """Supervised learning of the demonstrations, in place -> the last steps' loss, nats a token.
+
+    The actor learns the responses, the value heads the returns: the clone acts nearly as the
+    expert did, so the critic need not start from nothing.
     """
-    samples = samples_of(
-        encode(tokenizer, [prompt for prompt, _, _ in shown], max_prompt),
-        tokenizer([said for _, said, _ in shown], add_special_tokens=False)["input_ids"],
+    device = policy.value_heads.weight.device
+    prompts = [prompt for prompt, _, _ in examples]
+    responses = [response for _, response, _ in examples]
+    samples = make_samples(
+        tokenize_prompts(tokenizer, prompts, config.max_prompt_tokens),
+        tokenizer(responses, add_special_tokens=False)["input_ids"],
         tokenizer,
     )
-    device = policy.heads.weight.device
-    returns = torch.tensor(
-        [0.0 if left is None else success_reward * gamma**left for *_, left in shown], device=device
-    )  # [N]
-    rng, losses = random.Random(seed), []
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.01)
-    order = [rng.sample(range(len(shown)), len(shown)) for _ in range(epochs)]
-    steps = [list(rows) for epoch in order for rows in zip(*[iter(epoch)] * min(batch, len(shown)))]
-    ramp = lambda n: (
-        min(1.0, (n + 1) / 30) * (1 - 0.95 * n / len(steps))
-    )  # warm-up, then down to a twentieth
+    returns = [
+        0.0 if left is None else SUCCESS_REWARD * config.gamma**left for _, _, left in examples
+    ]
+    returns = torch.tensor(returns, device=device)  # [N]
+    steps = _shuffled_batches(len(examples), config.seed)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=0.01
+    )
+
+    def ramp(step):  # linear warm-up over 30 steps, then linearly down to a twentieth
+        return min(1.0, (step + 1) / 30) * (1 - 0.95 * step / len(steps))
+
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, ramp)
-    for rows in progress(steps):
-        sizes, spoken = (
-            [len(samples.prompts[n]) + len(samples.responses[n]) for n in rows],
-            samples.lengths[rows].sum(),
-        )
-        whole, total = (
-            max(sizes) * len(rows) <= tokens,
-            0.0,
-        )  # then unsorted: sums in another order, another clone
+    lengths = samples.total_lengths()
+    losses = []
+    for rows in tqdm(steps, "cloning the expert", unit="step", disable=None):
+        spoken = samples.lengths[rows].sum()
         optimizer.zero_grad()
-        for part in [range(len(rows))] if whole else micro_batches(sizes, tokens):
-            index = [rows[i] for i in part]
-            scores = policy(*samples.rows(index, device))
-            loss = -scores.logp.sum() / spoken
-            values = sum(
-                ((v - returns[index]) ** 2).sum() / len(rows)
-                for v in (scores.v_high, scores.v_low, scores.v_switch)
-            )
-            (loss + value_weight * values).backward()
+        total = 0.0
+        for part in micro_batches(lengths, config.micro_batch_tokens, rows):
+            output = policy(*samples.model_inputs(part, device))
+            loss = -output.logprobs.sum() / spoken
+            values = torch.stack([output.v_high, output.v_low, output.v_switch])  # [3, n]
+            value_loss = (values - returns[part]).square().sum() / len(rows)
+            (loss + VALUE_WEIGHT * value_loss).backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         losses.append(total)
     return float(torch.stack(losses[-20:]).mean())
+
+
+def _shuffled_batches(count, seed):
+    """EPOCHS passes over `count` rows in batches of BATCH; a rest is left out."""
+    rng = random.Random(seed)
+    batches = []
+    for _ in range(EPOCHS):
+        order = rng.sample(range(count), count)
+        size = min(BATCH, count)
+        batches += [order[n : n + size] for n in range(0, count - size + 1, size)]
+    return batches

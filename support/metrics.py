@@ -1,147 +1,149 @@
-"""What is said of episodes and runs: summaries, tables, the learning curve, one episode in full, and the alarm. No torch."""
+"""What is reported of episodes and runs: summaries, intervals, tables, one episode in full, and
+warnings of a collapse. No torch. docs/metrics.md explains each number."""
 
 import math
+import time
+from contextlib import contextmanager
 
 
-def wilson(wins, n, z=1.96):
-    """The 95 % interval of a success rate, Wilson's: honest near 0 and 1. -> (low, high)"""
-    p, centre = wins / n, wins / n + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))
+def wilson_interval(successes, n, z=1.96):
+    """The 95 % interval of a success rate (Wilson's, valid near 0 and 1) -> (low, high)."""
+    rate = successes / n
+    centre = rate + z * z / (2 * n)
+    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    low = (centre - half) / (1 + z * z / n)
+    high = (centre + half) / (1 + z * z / n)
+    return max(0.0, low), min(1.0, high)
 
 
-def summary(episodes):
-    """What a list of Episode says, as plain numbers; rates from 0 to 1."""
-    turns = [turn for e in episodes for turn in e.turns]
+def summarize(episodes):
+    """A list of Episode as plain numbers; rates from 0 to 1."""
+    turns = [turn for episode in episodes for turn in episode.turns]
     by_type = {}
-    for e in episodes:
-        by_type.setdefault(e.task_type, []).append(e.won)
-    segments = sum(turn.opened for turn in turns)
+    for episode in episodes:
+        by_type.setdefault(episode.task_type, []).append(episode.success)
+    by_type = dict(sorted(by_type.items()))
+    segments = sum(turn.is_segment_start for turn in turns)
+    chosen = segments - len(episodes)  # the forced switch of turn 0 is not chosen
+    choices = len(turns) - len(episodes)
     return {
         "episodes": len(episodes),
-        "success": sum(e.won for e in episodes) / len(episodes),
-        "score": sum(e.score for e in episodes) / len(episodes),
-        "success_by_type": {kind: sum(won) / len(won) for kind, won in sorted(by_type.items())},
-        "episodes_by_type": {kind: len(won) for kind, won in sorted(by_type.items())},
-        "turns": len(turns) / len(episodes),
-        "switches": (segments - len(episodes))
-        / len(episodes),  # per episode, the forced one at turn 0 not counted
+        "success": mean(episode.success for episode in episodes),
+        "score": mean(episode.task_score for episode in episodes),
+        "success_by_type": {kind: mean(results) for kind, results in by_type.items()},
+        "episodes_by_type": {kind: len(results) for kind, results in by_type.items()},
+        "episode_length": len(turns) / len(episodes),
+        "switches_per_episode": chosen / len(episodes),
         "segment_length": len(turns) / segments,
-        "switch_rate": (segments - len(episodes)) / max(1, len(turns) - len(episodes)),
-        "valid_format": sum(turn.decision.valid for turn in turns) / len(turns),
-        "truncated": sum(e.truncated for e in episodes) / len(episodes),
-        "lost": sum(e.lost for e in episodes),
-    }  # begun anew after their process had died
+        "switch_rate": chosen / max(1, choices),
+        "valid_format_rate": mean(turn.decision.valid for turn in turns),
+        "truncation_rate": mean(episode.truncated for episode in episodes),
+        "restarts": sum(episode.restarts for episode in episodes),
+    }
 
 
-def table(result):
-    """A summary as lines of text."""
+@contextmanager
+def timed(name, seconds):
+    """Writes the block's duration into seconds[name]."""
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def format_table(result):
+    """A summary as lines of text: success per task type, with intervals."""
     rows = [
-        (kind, result["success_by_type"][kind], n) for kind, n in result["episodes_by_type"].items()
+        (kind, result["success_by_type"][kind], count)
+        for kind, count in result["episodes_by_type"].items()
     ]
+    rows.append(("all", result["success"], result["episodes"]))
     lines = []
-    for kind, rate, n in rows + [("all", result["success"], result["episodes"])]:
-        low, high = wilson(round(rate * n), n)
-        lines.append(
-            f"  {kind:34s} {100 * rate:5.1f} %   [{100 * low:5.1f}, {100 * high:5.1f}]   {n:4d} episodes"
-        )
+    for kind, rate, count in rows:
+        low, high = wilson_interval(round(rate * count), count)
+        interval = f"[{100 * low:5.1f}, {100 * high:5.1f}]"
+        lines.append(f"  {kind:34s} {100 * rate:5.1f} %   {interval}   {count:4d} episodes")
     return "\n".join(lines)
 
 
-def tell(episode, shown):
-    """One episode in full text with its segments and advantages (name -> [T]): collapse shows here first."""
-    lines = [
-        f"task {episode.index} ({episode.task_type}): {episode.task} -> {'won' if episode.won else 'lost'}"
-    ]
+def format_iteration(metrics):
+    """What one wants to see of an iteration, in one line."""
+    return (
+        f"success {metrics['success']:.0%}, {metrics['switches_per_episode']:.1f} switches per "
+        f"episode, {metrics['turns_per_second']:.0f} turns/s"
+    )
+
+
+def format_episode(episode, advantages):
+    """One episode in full with its segments and advantages (name -> [T]).
+
+    A collapse is often visible here before it is in a mean.
+    """
+    result = "success" if episode.success else "failure"
+    lines = [f"task {episode.index} ({episode.task_type}): {episode.task} -> {result}"]
     for t, turn in enumerate(episode.turns):
-        says = {name: f"{name} {adv[t]:+.2f}" for name, adv in shown.items()}
-        planned = says.pop("A_subgoal", "")
-        if turn.opened and planned:
+        shown = {name: f"{name} {values[t]:+.2f}" for name, values in advantages.items()}
+        planned = shown.pop("A_subgoal", "")
+        if turn.is_segment_start and planned:
             lines.append(f"  -- {turn.subgoal or '(no subgoal)'}   {planned}")
         error = f"   ! {turn.decision.error}" if turn.decision.error else ""
         lines.append(f"     {turn.observation}")
-        lines.append(f"     > {turn.decision.action}   {'  '.join(says.values())}{error}")
+        lines.append(f"     > {turn.decision.action}   {'  '.join(shown.values())}{error}")
     return "\n".join(lines)
 
 
-def alarm(lines, hierarchical):
-    """A sentence when the last of `lines` (metrics, oldest first) is the first of a collapse, with its likely cause; else None.
+# ---- warnings ----------------------------------------------------------------------------------
 
-    hierarchical: whether the agent decides about its segments itself. Means are over four iterations.
+WINDOW = 4  # iterations whose mean is judged
+
+
+def collapse_warning(lines, hierarchical):
+    """A sentence where the last of `lines` (metrics, oldest first) begins a collapse, else None.
+
+    hierarchical: whether the agent itself decides where its segments end.
     """
-
-    def ills(end):  # what is wrong at iteration `end` - 1
-        mean = lambda key, stop=end: sum(line[key] for line in lines[stop - 4 : stop]) / 4
-        if end < 4:
-            return {}
-        best = max(mean("success", stop) for stop in range(4, end + 1))
-        return {
-            "hardly ever switches: one subgoal serves all, and the planner no longer plans; try --switch_advantage gain, or "
-            "--keep_penalty": hierarchical and mean("switch_rate") < 0.02,
-            "switches at almost every turn: segments are single turns, and the boundary bootstrap is all there is; see the high head's "
-            "explained_variance, try a smaller --lr": hierarchical and mean("switch_rate") > 0.95,
-            "writes ever more unreadable answers: raise --invalid_penalty or --kl_rest": mean(
-                "valid_format"
-            )
-            < 0.8,
-            "has lost 20 points of success since its best: the policy moved too far; try a smaller --lr or a larger --kl": mean(
-                "success"
-            )
-            < best - 0.2,
-        }
-
-    before = ills(len(lines) - 1)
-    new = [text for text, ill in ills(len(lines)).items() if ill and not before.get(text)]
-    return f"iteration {lines[-1]['iteration']}: the agent " + "; and ".join(new) if new else None
+    before = _problems(lines[:-1], hierarchical)
+    new = [text for text in _problems(lines, hierarchical) if text not in before]
+    if not new:
+        return None
+    return f"iteration {lines[-1]['iteration']}: the agent " + "; and ".join(new)
 
 
-def picture(out, log):
-    """The learning curve: success on the training tasks as they come, and on the evaluation split before and after."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    lines = log["lines"]
-    x = [line["iteration"] for line in lines]
-    figure, (above, below) = plt.subplots(
-        2, 1, sharex=True, figsize=(7, 6), height_ratios=(2, 1), layout="constrained"
+def _problems(lines, hierarchical):
+    """What is wrong at the end of `lines`, with a likely cause."""
+    if len(lines) < WINDOW:
+        return []
+    recent = {key: mean(line[key] for line in lines[-WINDOW:]) for key in WATCHED}
+    best = max(
+        mean(line["success"] for line in lines[end - WINDOW : end])
+        for end in range(WINDOW, len(lines) + 1)
     )
-    above.plot(
-        x,
-        [100 * line["success"] for line in lines],
-        ".-",
-        color="tab:blue",
-        label="train, as played (temperature of training)",
-    )
-    evals = log["evals"]
-    if evals:
-        above.errorbar(
-            [e["iteration"] for e in evals],
-            [100 * e["success"] for e in evals],
-            fmt="o",
-            color="tab:red",
-            yerr=[
-                196 * math.sqrt(e["success"] * (1 - e["success"]) / e["episodes"]) for e in evals
-            ],
-            capsize=3,
-            label=f"{evals[0]['split']}, {evals[0]['episodes']} tasks, temperature {evals[0]['temperature']}",
+    problems = []
+    if hierarchical and recent["switch_rate"] < 0.02:
+        problems.append(
+            "hardly ever switches, so one subgoal serves a whole episode; try "
+            "--switch_advantage closed_form, or --keep_penalty"
         )
-    above.set(ylim=(0, 100), ylabel="success %")
-    above.legend(loc="lower right", frameon=False)
-    below.plot(
-        x,
-        [line["switches"] for line in lines],
-        ".-",
-        color="tab:green",
-        label="switches per episode",
-    )
-    below.plot(
-        x, [line["turns"] for line in lines], ".-", color="tab:gray", label="turns per episode"
-    )
-    below.set(xlabel="iteration", ylim=(0, None))
-    below.legend(frameon=False)
-    figure.savefig(out / "curve.png", dpi=120)
-    plt.close(figure)
+    if hierarchical and recent["switch_rate"] > 0.95:
+        problems.append(
+            "switches at almost every turn, so segments are single turns; see the "
+            "explained_variance of the high head, try a smaller --lr"
+        )
+    if recent["valid_format_rate"] < 0.8:
+        problems.append(
+            "writes more and more malformed responses; raise --invalid_penalty or "
+            "--untrained_kl_coef"
+        )
+    if recent["success"] < best - 0.2:
+        problems.append(
+            "has lost 20 points of success since its best, so the policy moved too far; try a "
+            "smaller --lr or a larger --kl_coef"
+        )
+    return problems
+
+
+WATCHED = ("success", "switch_rate", "valid_format_rate")

@@ -1,0 +1,185 @@
+"""Many processes, as far as Accelerate does not cover them.
+
+Accelerate prepares the model (DDP or FSDP2), runs backward, clips and saves. It lacks two things
+that an agent needs with sharded weights (FSDP2): weights that are whole while each process
+generates at its own pace (`whole_weights`), and the same number of passes on every process
+(`equal_passes`), since each pass gathers weights from all.
+"""
+
+import functools
+import logging
+import os
+import sys
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, gather_object
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from tqdm import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hae import normalize
+
+# Each process reads the whole checkpoint. The alternative gives the others empty weights.
+os.environ.setdefault("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
+
+
+def make_accelerator():
+    """bfloat16 autocast on GPUs, float32 on the CPU (also with ACCELERATE_USE_CPU=true)."""
+    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
+    half = torch.cuda.is_available() and not cpu
+    # It warns at each save that tied weights are saved once.
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    waits = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # for a process that clones
+    return Accelerator(
+        cpu=cpu or not torch.cuda.is_available(),
+        mixed_precision="bf16" if half else "no",
+        kwargs_handlers=[waits],
+    )
+
+
+def is_sharded(accelerator):
+    """Whether the run uses FSDP2."""
+    return accelerator.is_fsdp2
+
+
+def prepare(policy, optimizer, accelerator):
+    """`Accelerator.prepare`, with FSDP2's units and precision set first -> (policy, optimizer)."""
+    if is_sharded(accelerator):
+        plugin = accelerator.state.fsdp_plugin
+        layers = [m for m in policy.modules() if isinstance(m, GradientCheckpointingLayer)]
+        plugin.transformer_cls_names_to_wrap = sorted({type(layer).__name__ for layer in layers})
+        plugin.auto_wrap_policy = functools.partial(
+            transformer_auto_wrap_policy, transformer_layer_cls={type(layer) for layer in layers}
+        )
+        plugin.mixed_precision_policy = _mixed_precision(accelerator)
+        _shard_value_heads(policy, optimizer)
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    if is_sharded(accelerator):
+        if policy.value_heads is not None:
+            optimizer.param_groups[-1]["params"].extend(policy.value_heads.parameters())
+        _first_pass(policy, accelerator)
+    else:
+        _save_without_wrapper(accelerator)
+    return policy, optimizer
+
+
+def _save_without_wrapper(accelerator):
+    """DDP puts `module.` before each name. Without it any number of processes can load a state."""
+
+    def before_saving(models, weights, folder):
+        weights[:] = [accelerator.unwrap_model(model).state_dict() for model in models]
+
+    def before_loading(models, folder):
+        models[:] = [accelerator.unwrap_model(model) for model in models]
+
+    accelerator.register_save_state_pre_hook(before_saving)
+    accelerator.register_load_state_pre_hook(before_loading)
+
+
+def _shard_value_heads(policy, optimizer):
+    """Make them a unit of their own, which stays float32, and take them out of the optimizer.
+
+    Accelerate finds a parameter's shards by its address in memory, and shards without rows (three
+    heads on four processes) all have the address 0. So the heads rejoin the optimizer later.
+    """
+    if policy.value_heads is None:
+        return
+    heads = set(policy.value_heads.parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter not in heads]
+    fully_shard(policy.value_heads)
+
+
+def prepare_reference(reference, accelerator):
+    """The frozen reference on the device, or in shards like the policy."""
+    reference.requires_grad_(False)
+    if not is_sharded(accelerator):
+        return reference.to(accelerator.device)
+    precision = _mixed_precision(accelerator)
+    for module in reference.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            fully_shard(module, mp_policy=precision)
+    fully_shard(reference, mp_policy=precision)
+    _first_pass(reference, accelerator)
+    return reference
+
+
+def _mixed_precision(accelerator):
+    """Compute in bfloat16, reduce gradients in float32, leave the outputs as they are."""
+    half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+    return MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+
+
+def _first_pass(policy, accelerator):
+    """FSDP2's root is the module whose forward comes first. In generation that is a layer."""
+    one = torch.ones(1, dtype=torch.long, device=accelerator.device)
+    with torch.no_grad():
+        policy(one.expand(1, 2), one, one, one - 2)
+
+
+@contextmanager
+def whole_weights(policy):
+    """Inside, each process has the actor's whole weights and may use them without the others.
+
+    All processes must enter and leave it.
+    """
+    candidates = (policy, *policy.actor.modules())
+    units = [module for module in candidates if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    yield
+    for unit in units:
+        unit.set_reshard_after_forward(True, recurse=False)
+        unit.reshard()
+
+
+def equal_passes(policy, batches):
+    """As many micro-batches on every process: [] stands for a pass that has no weight."""
+    if not isinstance(policy, FSDPModule):
+        return batches
+    most = torch.tensor(len(batches), device=next(policy.parameters()).device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return batches + [[]] * (int(most) - len(batches))
+
+
+def gradient_sync(policy, accelerator, last):
+    """Processes exchange gradients in the last micro-batch only.
+
+    Under FSDP2 they do in each: unsynchronised gradients would be whole, 4 bytes a parameter.
+    """
+    if last or is_sharded(accelerator):
+        return nullcontext()
+    return accelerator.no_sync(policy)
+
+
+def normalize_global(adv, where, scale=True):
+    """`hae.normalize` over the turns of all processes, whose shapes may differ."""
+    parts = gather_object([(adv.flatten(), where.flatten())])
+    everyone = normalize(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), scale)
+    if len(parts) == 1:
+        return everyone.view_as(adv)
+    rank = torch.distributed.get_rank()
+    mine = everyone.split([len(part[0]) for part in parts])[rank]
+    return mine.view_as(adv)
+
+
+def say(accelerator, text):
+    """Print once, above the progress bar."""
+    if accelerator.is_main_process:
+        tqdm.write(text)
+
+
+def finish(accelerator):
+    """The end of a run. Of many processes each ends at once: gloo's threads outlive their group,
+    and one that frees its last tensor while Python shuts down aborts a process that was done."""
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    if accelerator.num_processes > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

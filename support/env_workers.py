@@ -1,0 +1,197 @@
+"""Where an EnvPool's environments live: in this process, or in processes of their own.
+
+The latter is for engines that are not thread-safe, leak or hang. Each process is a fresh Python
+that answers over pipes; nothing of torch or CUDA is forked into it. A process that dies, or needs
+longer than LIMIT for an answer, is replaced.
+"""
+
+import contextlib
+import importlib
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+import warnings
+
+LIMIT = 120.0  # seconds for one answer, after which the process is killed
+
+
+class LocalEnvs:
+    """Environments in this process: slot -> env. `call` has the signature of `WorkerEnvs.call`."""
+
+    def __init__(self, module, split, options):
+        self.world = importlib.import_module(module)
+        self.split, self.options = split, options
+        self.envs = {}
+
+    def call(self, method, arguments):
+        """method: reset, step or expert; {slot: argument} -> ({slot: answer}, no losses)."""
+        return {slot: self.answer(method, slot, arguments[slot]) for slot in arguments}, {}
+
+    def answer(self, method, slot, argument):
+        if method == "reset":
+            if slot in self.envs:
+                self.envs.pop(slot).close()
+            self.envs[slot] = self.world.make(self.split, argument, **self.options)
+            return self.envs[slot].reset()
+        return getattr(self.envs[slot], method)(argument)
+
+    def close(self):
+        for env in self.envs.values():
+            env.close()
+        self.envs = {}
+
+
+class WorkerEnvs:
+    """slot -> an environment in process `slot % workers`; the processes answer side by side."""
+
+    def __init__(self, module, split, options, workers=0):
+        self.arguments = (module, split, options)
+        count = workers or os.cpu_count() or 1
+        self.workers = [Worker(*self.arguments) for _ in range(count)]
+        self.homes = {}  # slot -> the worker, alive or not, that holds its environment
+
+    def call(self, method, arguments):
+        """method: reset, step or expert; {slot: argument} -> ({slot: answer}, {slot: reason}).
+
+        Without an answer are the slots of lost processes. The second value names the slots at
+        which a process was lost, and what became of it. The order of the answers does not depend
+        on the number of processes.
+        """
+        shares = self._shares(method, arguments)
+        for worker, share in shares.items():  # all start before the first is waited for
+            worker.send(method, share)
+        answers = {}
+        for worker, share in shares.items():  # all are read before an exception is raised
+            answers.update(worker.receive(share))
+        losses = self._replace_lost()
+        for answer in answers.values():
+            if isinstance(answer, Exception):
+                raise answer
+        return {slot: answers[slot] for slot in arguments if slot in answers}, losses
+
+    def close(self):
+        for worker in self.workers:
+            worker.close()
+        self.workers = []
+
+    def _shares(self, method, arguments):
+        """{worker: {slot: argument}}; a slot whose worker was lost waits for its reset."""
+        shares = {worker: {} for worker in self.workers}
+        for slot, argument in arguments.items():
+            worker = self.workers[slot % len(self.workers)]
+            if method == "reset":
+                self.homes[slot] = worker
+            if self.homes.setdefault(slot, worker) is worker:
+                shares[worker][slot] = argument
+        return shares
+
+    def _replace_lost(self):
+        """A new process for each lost one -> {slot at which it was lost: reason}."""
+        losses = {}
+        for place, worker in enumerate(self.workers):
+            if worker.reason:
+                losses[worker.lost_at] = worker.reason
+                warnings.warn(
+                    f"an environment process of {self.arguments[0]} {worker.reason}; its "
+                    "episodes are lost, another process takes over",
+                    stacklevel=2,
+                )
+                self.workers[place] = Worker(*self.arguments)
+        return losses
+
+
+class Worker:
+    """One process with a LocalEnvs in it."""
+
+    def __init__(self, *arguments):
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "from support.env_workers import serve; serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        self.reason = None  # once it is lost: what happened, and at which slot
+        self.lost_at = None
+        self._write(arguments)
+
+    def send(self, method, share):
+        """Ask for each slot of `share`, {slot: argument}; nothing where it is empty."""
+        if share:
+            self._write((method, share))
+
+    def receive(self, share):
+        """{slot: answer, or the exception in its place}; incomplete where the process is lost."""
+        answers = {}
+        for slot in share:
+            start = time.monotonic()
+            try:
+                with self._time_limit():
+                    answers[slot] = pickle.load(self.process.stdout)
+            except (EOFError, pickle.UnpicklingError):
+                late = time.monotonic() - start >= LIMIT
+                self.close()
+                self.lost_at = slot
+                self.reason = f"died (exit {self.process.returncode})"
+                if late:
+                    self.reason = f"did not answer within {LIMIT:g} s"
+                break
+        return answers
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()  # `serve` ends at that
+        self.process.stdout.close()
+        with self._time_limit():
+            self.process.wait()
+
+    def _write(self, message):
+        with contextlib.suppress(OSError), self._time_limit():  # it died: `receive` will notice
+            pickle.dump(message, self.process.stdin)
+            self.process.stdin.flush()
+
+    @contextlib.contextmanager
+    def _time_limit(self):
+        """Kills the process after LIMIT seconds. The block then ends, since its pipes close."""
+        timer = threading.Timer(LIMIT, self.process.kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+
+def serve():
+    """A worker's loop: read (method, {slot: argument}), answer slot by slot, until the pipe ends.
+
+    What the engine prints goes to stderr.
+    """
+    requests = sys.stdin.buffer
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    local = LocalEnvs(*pickle.load(requests))
+    while True:
+        try:
+            method, arguments = pickle.load(requests)
+        except EOFError:
+            return local.close()
+        for slot, argument in arguments.items():
+            try:
+                answer = pickle.dumps(local.answer(method, slot, argument))
+            except Exception as error:  # it is raised in the calling process
+                answer = _pickled(error)
+            answers.write(answer)
+            answers.flush()
+
+
+def _pickled(error):
+    """The exception as bytes; its text alone where it cannot be rebuilt from them."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    return pickle.dumps(error)

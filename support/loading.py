@@ -1,0 +1,160 @@
+"""What a run starts from: the checks of its world and model, the policy and its optimizer."""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+import envs
+import hiper
+from config import Config, ConfigError
+from support.cloning import HEADS, clone_expert
+
+
+def check_world_and_model(config):
+    """ConfigError where the world or the model cannot be had, before anything is written."""
+    try:
+        module = envs.world(config.env)
+        if config.eval_split and config.eval_split not in module.SPLITS:
+            raise ConfigError(
+                f"--eval_split must be one of {', '.join(module.SPLITS)}, not {config.eval_split!r}"
+            )
+        with envs.EnvPool(
+            config.env, module.SPLITS[0], workers=1, **envs.world_options(config)
+        ) as pool:
+            _, info = pool.reset({0: 0})[0]  # a package that is missing shows here
+    except (ValueError, RuntimeError, IndexError, TypeError) as error:
+        raise ConfigError(error) from None
+    if config.checklist and "progress" not in info:
+        raise ConfigError(
+            f"--checklist needs a world that reports subtasks (info['progress']), and "
+            f"{config.env} does not"
+        )
+    if config.model:
+        try:
+            AutoConfig.from_pretrained(config.model)
+            AutoTokenizer.from_pretrained(config.model)
+        except (OSError, ValueError):
+            raise ConfigError(
+                f"no model {config.model!r}: give a folder with a model and its tokenizer in "
+                "Hugging Face's format, or the name of one on the hub (which must be reachable)"
+            ) from None
+
+
+def load_policy(config, out, pool, accelerator):
+    """-> (ActorCritic, tokenizer, reference or None), on the CPU.
+
+    The start model is `--model`, or out/start, which is cloned from the expert where it is not
+    there yet.
+    """
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    start = Path(config.model or out / "start")
+    if not config.model and not (start / "config.json").exists():
+        if accelerator.is_main_process:
+            clone_expert(config, out, pool, accelerator.device)
+        accelerator.wait_for_everyone()
+    tokenizer = load_tokenizer(config.model or start)
+    torch.manual_seed(config.seed)
+    critic = config.critic if config.has_critic else "none"
+    actor = load_actor(config.model or start, config, torch.float32)
+    check_output_layer(actor, config)
+    policy = hiper.ActorCritic(actor, critic)
+    if config.gradient_checkpointing:
+        for backbone in (policy.actor, policy.critic):
+            if backbone is not None:
+                backbone.activation_checkpointing_enable()
+    if config.has_critic and not config.model:
+        policy.value_heads.load_state_dict(load_file(start / HEADS))
+    reference = None
+    if config.uses_reference:
+        half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+        reference = hiper.ActorCritic(load_actor(config.model or start, config, half), "none")
+    return policy, tokenizer, reference
+
+
+@torch.no_grad()
+def check_output_layer(actor, config):
+    """ConfigError for a model that changes the logits after its output layer.
+
+    Log-probabilities are computed from the hidden states that the loss reads, so they would be
+    wrong for such a model (Cohere, Granite, Gemma 2).
+    """
+    ids = torch.tensor([[0, 1]])
+    hidden = hiper.last_hidden_state(actor.base_model, ids)
+    logits = actor.get_output_embeddings()(hidden)
+    if not torch.allclose(actor(input_ids=ids).logits, logits, rtol=1e-3, atol=1e-3):
+        raise ConfigError(
+            f"{config.model} changes its logits after the output layer (as Cohere, Granite and "
+            "Gemma 2 do): such models are not supported"
+        )
+
+
+def load_tokenizer(path):
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    return tokenizer
+
+
+def load_actor(path, config, dtype):
+    """The causal LM in evaluation mode."""
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation=config.attention or None
+    ).eval()
+
+
+def make_optimizer(policy, config):
+    """AdamW over two groups: the actor, and what belongs to the critic alone."""
+    actor = list(policy.actor.parameters())
+    critic = [p for name, p in policy.named_parameters() if not name.startswith("actor.")]
+    if config.optimizer == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit as AdamW
+    else:
+        from torch.optim import AdamW
+    groups = [{"params": actor, "lr": config.lr}, {"params": critic, "lr": config.critic_lr}]
+    return AdamW(groups, eps=config.adam_eps, weight_decay=0.0)
+
+
+def load_run(out):
+    """-> (config, folder of the actor, "last" or "best"). ConfigError where there is no run."""
+    is_best = out.name == "best" and not (out / "actor").exists()
+    folder = out if is_best else out / "actor"
+    path = (out.parent if is_best else out) / "config.json"
+    if not path.is_file() or not folder.is_dir():
+        raise ConfigError(
+            f"{out} holds no finished training run (config.json and actor/): give the --out of "
+            "train.py"
+        )
+    try:
+        config = Config(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is not a configuration of this version: {error}") from None
+    return config, folder, "best" if is_best else "last"
+
+
+def choose_tasks(size, count):
+    """All task indices of a split, or `count` of them: always the same random ones.
+
+    Not the first ones, nor every n-th: splits are sorted, and neighbours are alike.
+    """
+    if not count or count >= size:
+        return list(range(size))
+    return sorted(random.Random(0).sample(range(size), count))
+
+
+def describe_run(run, out):
+    """One line: on what, with which model, in which world, where to."""
+    config, accelerator = run.config, run.accelerator
+    precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    parameters = sum(p.numel() for p in run.model.actor.parameters()) / 1e6
+    name = config.model or "tiny Qwen2 from scratch"
+    return (
+        f"{config.method} in {config.env} on {accelerator.num_processes} x "
+        f"{accelerator.device.type}, {precision}; {name}, {parameters:.1f} million parameters; "
+        f"settings and results in {out}"
+    )

@@ -1,43 +1,78 @@
-"""What all tests share: one thread, no network, and a tokenizer and a model that are ready in no time."""
+"""What all tests share: one thread, no network, settings, a tiny tokenizer and a tiny model."""
 
+import dataclasses
 import os
+import shutil
+from types import SimpleNamespace
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["HF_HUB_OFFLINE"] = (
-    "1"  # an unknown model name fails at once; before transformers is imported
-)
+os.environ["HF_HUB_OFFLINE"] = "1"  # an unknown model name fails at once; before transformers
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
-import envs
-import hiper
-from support import cloning as scratch
-from rollout import Style
+import envs  # noqa: E402
+import hiper  # noqa: E402
+from support import cloning  # noqa: E402
+from support.arguments import read_config  # noqa: E402
 
 torch.set_num_threads(1)
 
 
+def tiny_config(**changes):
+    """The tiny agent's settings (configs/tiny.yaml) with these changes -> Config.
+
+    Use it as `from conftest import tiny_config`.
+    """
+    return dataclasses.replace(read_config([]), **changes)
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
-    """The tokenizer that training from scratch makes: some demonstrations' words, any other text in bytes. Not to be changed."""
-    with envs.Runner("household", "train", 1) as runner:
-        shown = scratch.demonstrations(
-            runner, range(6), plan_noise=0.5, slips=0.1, style=Style(brief=True), seed=0
+    """The tokenizer that training from scratch makes of a few demonstrations. Do not change it."""
+    with envs.EnvPool("household", "train", workers=1) as pool:
+        examples = cloning.demonstrations(
+            pool, range(6), tiny_config(), random_subgoals=0.5, action_noise=0.1
         )
-    return scratch.train_tokenizer([text for *texts, _ in shown for text in texts])
+    return cloning.train_tokenizer([text for *texts, _ in examples for text in texts])
 
 
 @pytest.fixture
 def tiny_actor(tiny_tokenizer):
     """A fresh random Qwen2, the same one every time."""
     torch.manual_seed(0)
-    return scratch.tiny_model(tiny_tokenizer, hidden=32, layers=1).eval()
+    return cloning.tiny_model(tiny_tokenizer, hidden=32, layers=1).eval()
 
 
 @pytest.fixture
 def tiny_policy(tiny_actor):
     """The actor with a critic of its own, value heads not zero."""
     policy = hiper.ActorCritic(tiny_actor, "separate")
-    torch.nn.init.normal_(policy.heads.weight, generator=torch.Generator().manual_seed(1))
+    torch.nn.init.normal_(policy.value_heads.weight, generator=torch.Generator().manual_seed(1))
     return policy
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A whole run of train.py: .home, .out (its folder), .said (what it printed). Do not change it:
+    copy it."""
+    from script_tools import flags, script
+
+    home = tmp_path_factory.mktemp("trained")
+    done = script("train.py", *flags("run"), cwd=home)
+    assert done.code == 0, done.err
+    return SimpleNamespace(home=home, out=home / "run", said=done.out + done.err)
+
+
+@pytest.fixture
+def place(trained, tmp_path, monkeypatch):
+    """A working directory with an unfinished run, a folder that is none, and configurations."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "start").mkdir(parents=True)
+    shutil.copy(trained.out / "config.json", tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("ten years of work")
+    (tmp_path / "typo.yaml").write_text("learning_rate: 1e-4\n")
+    (tmp_path / "broken.yaml").write_text("lr: [1\n")
+    (tmp_path / "number.yaml").write_text("5\n")
+    return tmp_path

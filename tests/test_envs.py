@@ -1,6 +1,8 @@
-"""envs.py: finding worlds, stepping many at once, here or in worker processes; and `check_world` for worlds of one's own:
+"""envs.py: finding worlds, and stepping many environments, here or in worker processes.
 
-python -c "from tests.test_envs import check_world; check_world('my_world')"
+`check_world` checks the contract of any world, also of one's own:
+
+    python -c "from tests.test_envs import check_world; check_world('my_world')"
 """
 
 import os
@@ -14,35 +16,47 @@ from pathlib import Path
 import pytest
 
 import envs
+from support import env_workers
 from worlds import household
 
 ROOT = Path(__file__).parent.parent
 
-CORRIDOR = '''"""A world in one file: walk to the end of a corridor."""
+# The worlds of these tests have names of their own: a user's corridor.py must not be found instead.
+CORRIDOR = '''\
+"""A world in one file: walk to the end of a corridor."""
+
 SPLITS = ("train", "test")
+
 
 def size(split):
     if split not in SPLITS:
         raise ValueError(f"corridor has no split {split!r}: choose one of {', '.join(SPLITS)}")
     return 5
 
+
 def make(split="train", index=0, max_steps=20):
     if not 0 <= index < size(split):
-        raise IndexError(f"corridor's split {split!r} has tasks 0 to {size(split) - 1}, not {index}")
+        raise IndexError(f"corridor's split {split!r} has tasks 0 to 4, not {index}")
     return Corridor(index + SPLITS.index(split) + 1, max_steps)
+
 
 class Corridor:
     def __init__(self, length, max_steps):
-        self.length, self.max_steps, self.done = length, max_steps, True
+        self.length = length
+        self.max_steps = max_steps
+        self.done = True
 
     def reset(self, seed=None):
-        self.at, self.steps, self.done = 0, 0, False
+        self.at = 0
+        self.steps = 0
+        self.done = False
         return self.page(), self.info()
 
     def step(self, action):
         if self.done:
             raise RuntimeError("call reset before step")
-        self.steps, self.at = self.steps + 1, max(0, self.at + {"east": 1, "west": -1}.get(action, 0))
+        self.steps += 1
+        self.at = max(0, self.at + {"east": 1, "west": -1}.get(action, 0))
         won = self.at == self.length
         truncated = not won and self.steps >= self.max_steps
         self.done = won or truncated
@@ -56,23 +70,34 @@ class Corridor:
 
     def info(self):
         won = self.at == self.length
-        return {"task": "walk to the end", "task_type": "walk", "admissible": ["east", "west"], "won": won, "score": float(won)}
+        return {
+            "task": "walk to the end",
+            "task_type": "walk",
+            "admissible": ["east", "west"],
+            "won": won,
+            "score": float(won),
+        }
 '''
 
-FAR = '''"""The corridor with an engine of the worst manners, for worker processes."""
+FAR = '''\
+"""The corridor with an engine of the worst manners, for worker processes."""
+
 import os
 import time
-import corridor
-from corridor import SPLITS, size
+
+import testing_corridor
+from testing_corridor import SPLITS, size
 
 IN_PROCESS = False
 print("an engine says hello")
 
-class Odd(Exception):                           # unlike most, cannot be rebuilt from its message
+
+class Odd(Exception):  # unlike most, cannot be rebuilt from its message
     def __init__(self, a, b):
         super().__init__(f"{a} and {b}")
 
-class Far(corridor.Corridor):
+
+class Far(testing_corridor.Corridor):
     def step(self, action):
         print("a chatty", "engine", flush=True)
         os.write(1, b"\\x80\\x04 speaks C")
@@ -95,9 +120,10 @@ class Far(corridor.Corridor):
             with open(os.environ["CLOSED"], "a") as file:
                 file.write(f"{self.length} ")
 
+
 def make(split="train", index=0, max_steps=20):
-    env = corridor.make(split, index, max_steps)
-    lives = os.environ.get(f"LIVES_{index}")    # a file with a letter for each process that dies over this task
+    env = testing_corridor.make(split, index, max_steps)
+    lives = os.environ.get(f"LIVES_{index}")  # a file, one letter for each process that dies here
     if lives and open(lives).read():
         with open(lives, "r+") as file:
             file.truncate(len(file.read()) - 1)
@@ -126,19 +152,19 @@ def write(tmp_path, monkeypatch):
 
 @pytest.fixture
 def corridor(write):
-    return write("corridor", CORRIDOR)
+    return write("testing_corridor", CORRIDOR)
 
 
 @pytest.fixture
 def far(corridor, write):
-    return write("far", FAR)
+    return write("testing_far", FAR)
 
 
-# ---- the contract, for any world ---------------------------------------------------------------------------------------
+# ---- the contract, for any world -----------------------------------------------------------------
 
 
 def check_world(name, tasks=4, **options):
-    """Assert that world `name` keeps what the docstring of envs.py promises, on `tasks` tasks of each split."""
+    """Assert that world `name` keeps the contract of envs.py, on `tasks` tasks of each split."""
     module = envs.world(name)
     assert (
         isinstance(module.SPLITS, tuple)
@@ -252,30 +278,24 @@ def test_a_world_of_ones_own_keeps_the_contract(corridor):
         ("float(won), won, truncated", "won, won, truncated"),
         ("float(won), won, truncated", "-1.0 + 2 * won, won, truncated"),
         ("float(won), won, truncated", "float(won), won, won"),
-        (
-            "self.at, self.steps, self.done = 0, 0, False",
-            "self.steps, self.done = 0, False; self.at = getattr(self, 'at', 0)",
-        ),
+        ("self.at = 0\n", "self.at = getattr(self, 'at', 0)\n"),
         ('"score": float(won)', '"score": won'),
         ('{"east": 1, "west": -1}.get(action, 0)', '{"east": 1, "west": -1}[action]'),
         ("reset(self, seed=None)", "reset(self)"),
         ("return self.page(), float", "return self.page().encode(), float"),
-        (
-            "self.max_steps, self.done = length, max_steps, True",
-            "self.max_steps, self.done = id(self), max_steps, True",
-        ),
+        ("self.length = length", "self.length = id(self)"),
         ("index=0, max_steps", "index=1, max_steps"),
     ],
 )
 def test_the_contract_check_finds_breaches(write, breach):
     """check_world itself: worlds with one fault each."""
     assert CORRIDOR.count(breach[0]) == 1
-    write("corridor", CORRIDOR.replace(*breach))
+    write("testing_corridor", CORRIDOR.replace(*breach))
     with pytest.raises((AssertionError, KeyError, TypeError, pytest.fail.Exception)):
-        check_world("corridor")
+        check_world("testing_corridor")
 
 
-# ---- finding a world ----------------------------------------------------------------------------------------------------
+# ---- finding a world -----------------------------------------------------------------------------
 
 
 def test_household_by_name():
@@ -285,7 +305,7 @@ def test_household_by_name():
 
 
 def test_known_worlds_have_their_module():
-    assert all((ROOT / f"{module}.py").exists() for module in envs.WORLDS.values())
+    assert all((ROOT / "worlds" / f"{name}.py").exists() for name in envs.WORLDS)
 
 
 @pytest.mark.parametrize(
@@ -296,9 +316,9 @@ def test_known_worlds_have_their_module():
         "envs.no_such_world",
         "json",
         "json.no_such_world",
-        "./corridor",
-        "corridor.py",
-        ".corridor",
+        "./testing_corridor",
+        "testing_corridor.py",
+        ".testing_corridor",
         "",
         "make",
         "size",
@@ -308,19 +328,17 @@ def test_known_worlds_have_their_module():
 def test_no_such_world_says_what_there_is(name, corridor, write):
     for lacking in ("make", "size", "SPLITS"):
         write(lacking, CORRIDOR + f"del {lacking}\n")
-    with pytest.raises(
-        ValueError,
-        match=f"no world {re.escape(repr(name))}: choose household, alfworld, webshop, or name a module",
-    ):
+    choices = "choose household, alfworld, webshop, or name a module"
+    with pytest.raises(ValueError, match=f"no world {re.escape(repr(name))}: {choices}"):
         envs.world(name)
 
 
 def test_a_world_in_a_package(write):
-    write("worlds/__init__", "")
-    write("worlds/corridor", CORRIDOR)
-    assert envs.size("worlds.corridor", "test") == 5
-    with pytest.raises(ValueError, match="no world 'worlds.corner'"):
-        envs.size("worlds.corner", "test")
+    write("testing_worlds/__init__", "")
+    write("testing_worlds/corridor", CORRIDOR)
+    assert envs.size("testing_worlds.corridor", "test") == 5
+    with pytest.raises(ValueError, match="no world 'testing_worlds.corner'"):
+        envs.size("testing_worlds.corner", "test")
 
 
 def test_what_a_world_lacks_is_not_hidden(write):
@@ -332,7 +350,7 @@ def test_what_a_world_lacks_is_not_hidden(write):
         envs.make("broken")
 
 
-# ---- Runner -------------------------------------------------------------------------------------------------------------
+# ---- EnvPool -------------------------------------------------------------------------------------
 
 
 def alone(name, split, index, actions, **options):
@@ -340,16 +358,16 @@ def alone(name, split, index, actions, **options):
     return [env.reset(), *map(env.step, actions)]
 
 
-def together(runner, tasks, actions):
+def together(pool, tasks, actions):
     """{slot: transcript} of tasks {slot: index}, all slots at once."""
-    transcripts = {slot: [outcome] for slot, outcome in runner.reset(tasks).items()}
-    for turn in zip(*(actions[slot] for slot in tasks)):
-        for slot, outcome in runner.step(dict(zip(tasks, turn))).items():
+    transcripts = {slot: [outcome] for slot, outcome in pool.reset(tasks).items()}
+    for turn in zip(*(actions[slot] for slot in tasks), strict=True):
+        for slot, outcome in pool.step(dict(zip(tasks, turn, strict=True))).items():
             transcripts[slot].append(outcome)
     return transcripts
 
 
-def test_runner_steps_as_one_would_alone():
+def test_a_pool_steps_as_one_env_would_alone():
     tasks = {7: 3, 0: 0, 4: 299, 2: 3}  # one task twice
     walks = {slot: [] for slot in tasks}
     for slot, index in tasks.items():
@@ -362,35 +380,38 @@ def test_runner_steps_as_one_would_alone():
         slot: alone("household", "unseen", index, walks[slot], max_steps=12)
         for slot, index in tasks.items()
     }
-    with envs.Runner("household", "unseen", max_steps=12) as runner:
-        assert together(runner, tasks, walks) == expected
+    with envs.EnvPool("household", "unseen", max_steps=12) as pool:
+        assert together(pool, tasks, walks) == expected
 
 
 def test_slots_are_independent(corridor):
-    with envs.Runner(corridor, "test") as runner:
-        runner.reset({0: 4, 1: 4})
-        runner.step({0: "east"})
-        runner.step({0: "east"})
-        pages = [outcome[0] for outcome in runner.step({1: "east", 0: "east"}).values()]
+    with envs.EnvPool(corridor, "test") as pool:
+        pool.reset({0: 4, 1: 4})
+        pool.step({0: "east"})
+        pool.step({0: "east"})
+        pages = [outcome[0] for outcome in pool.step({1: "east", 0: "east"}).values()]
         assert pages == ["You are at 1 of 6.", "You are at 3 of 6."]
-        assert runner.reset({0: 2})[0][0] == "You are at 0 of 4."  # another task in slot 0
-        assert runner.step({1: "east"})[1][0] == "You are at 2 of 6."
-        assert runner.reset({}) == runner.step({}) == {}
+        assert pool.reset({0: 2})[0][0] == "You are at 0 of 4."  # another task in slot 0
+        assert pool.step({1: "east"})[1][0] == "You are at 2 of 6."
+        assert pool.reset({}) == pool.step({}) == {}
 
 
-def test_runner_asks_the_expert(corridor, far):
-    with envs.Runner("household") as runner, envs.Runner(far, workers=2) as remote:
-        runner.reset({0: 0, 5: 1})
-        advice = runner.expert({0: "", 5: ""})
-        assert advice == {slot: household_expert(index) for slot, index in ((0, 0), (5, 1))}
-        remote.reset({0: 0, 1: 1})
-        assert remote.expert({1: "get there", 0: ""}) == {1: None, 0: (True, "get there", "east")}
-    with envs.Runner(
-        corridor
-    ) as runner:  # has none: scratch.py's demonstrations rely on this error
-        runner.reset({0: 0})
+def test_a_pool_asks_the_expert(far):
+    with envs.EnvPool("household") as pool:
+        pool.reset({0: 0, 5: 1})
+        expected = {slot: household_expert(index) for slot, index in ((0, 0), (5, 1))}
+        assert pool.expert({0: "", 5: ""}) == expected
+    with envs.EnvPool(far, workers=2) as pool:
+        pool.reset({0: 0, 1: 1})
+        assert pool.expert({1: "get there", 0: ""}) == {1: None, 0: (True, "get there", "east")}
+
+
+def test_a_world_without_an_expert_says_so(corridor):
+    """support/cloning.py relies on this error."""
+    with envs.EnvPool(corridor) as pool:
+        pool.reset({0: 0})
         with pytest.raises(AttributeError, match="expert"):
-            runner.expert({0: ""})
+            pool.expert({0: ""})
 
 
 def household_expert(index):
@@ -405,12 +426,12 @@ def test_workers_play_as_in_process(far, workers, capfd):
     rng = random.Random(0)
     walks = {slot: [rng.choice(["east", "west", "sing"]) for _ in range(6)] for slot in tasks}
     expected = {
-        slot: alone("corridor", "test", index, walks[slot], max_steps=6)
+        slot: alone("testing_corridor", "test", index, walks[slot], max_steps=6)
         for slot, index in tasks.items()
     }
-    with envs.Runner(far, "test", workers=workers, max_steps=6) as runner:
-        assert len(runner.workers) == workers and not runner.envs
-        got = together(runner, tasks, walks)
+    with envs.EnvPool(far, "test", workers=workers, max_steps=6) as pool:
+        assert len(pool.envs.workers) == workers
+        got = together(pool, tasks, walks)
     assert got == expected
     out, err = capfd.readouterr()  # the engine's prints: not in the pipe, and not lost
     assert (
@@ -424,45 +445,45 @@ def test_workers_play_as_in_process(far, workers, capfd):
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_answers_come_in_the_order_of_the_question(far, workers):
     """Whatever the number of workers: the trainer batches its rows in this order."""
-    with envs.Runner(far, workers=workers) as runner:
-        assert list(runner.reset({slot: 4 for slot in (4, 1, 0, 3, 2)})) == [4, 1, 0, 3, 2]
-        assert list(runner.step({slot: "east" for slot in (3, 4, 0)})) == [3, 4, 0]
+    with envs.EnvPool(far, workers=workers) as pool:
+        assert list(pool.reset({slot: 4 for slot in (4, 1, 0, 3, 2)})) == [4, 1, 0, 3, 2]
+        assert list(pool.step({slot: "east" for slot in (3, 4, 0)})) == [3, 4, 0]
 
 
 def test_one_worker_per_core_where_none_are_asked_for(far, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    with envs.Runner(far) as runner:
-        assert len(runner.workers) == 3
+    with envs.EnvPool(far) as pool:
+        assert len(pool.envs.workers) == 3
 
 
 def test_errors_in_a_worker_come_back(far):
-    with envs.Runner(far, workers=2) as runner:
+    with envs.EnvPool(far, workers=2) as pool:
         with pytest.raises(IndexError, match="corridor's split 'train' has tasks 0 to 4, not 99"):
-            runner.reset({0: 99})
-        runner.reset({0: 0, 1: 1})
+            pool.reset({0: 99})
+        pool.reset({0: 0, 1: 1})
         with pytest.raises(
             RuntimeError, match="1 and 2"
         ):  # an exception that does not survive pickling
-            runner.step({0: "odd"})
+            pool.step({0: "odd"})
         with pytest.raises(Exception, match="pickle"):
-            runner.step({0: "unpicklable"})
-        assert runner.step({0: "east"})[0][1] == 1.0  # and it lives on
+            pool.step({0: "unpicklable"})
+        assert pool.step({0: "east"})[0][1] == 1.0  # and it lives on
         with pytest.raises(RuntimeError, match="call reset"):
-            runner.step({0: "east"})
+            pool.step({0: "east"})
     with (
-        envs.Runner(far, "no such split", workers=1) as runner,
+        envs.EnvPool(far, "no such split", workers=1) as pool,
         pytest.raises(ValueError, match="no split 'no such split'"),
     ):
-        runner.reset({0: 0})
+        pool.reset({0: 0})
 
 
 def test_an_error_in_one_worker_leaves_the_others_in_step(far):
     """The other workers' answers to the same question are not taken for answers to the next."""
-    with envs.Runner(far, workers=2) as runner:
-        runner.reset({0: 0, 1: 4})
+    with envs.EnvPool(far, workers=2) as pool:
+        pool.reset({0: 0, 1: 4})
         with pytest.raises(RuntimeError, match="1 and 2"):
-            runner.step({0: "odd", 1: "east"})
-        assert runner.step({1: "east"})[1][0] == "You are at 2 of 5."
+            pool.step({0: "odd", 1: "east"})
+        assert pool.step({1: "east"})[1][0] == "You are at 2 of 5."
 
 
 def test_a_failed_reset_leaves_the_slot_empty(write, corridor):
@@ -470,10 +491,10 @@ def test_a_failed_reset_leaves_the_slot_empty(write, corridor):
     write(
         "frail", CORRIDOR.replace("pass", "assert not hasattr(self, 'closed'); self.closed = True")
     )
-    with envs.Runner("frail") as runner:
-        runner.reset({0: 0})
+    with envs.EnvPool("frail") as pool:
+        pool.reset({0: 0})
         with pytest.raises(IndexError):
-            runner.reset({0: 99})
+            pool.reset({0: 99})
 
 
 @pytest.fixture
@@ -495,87 +516,88 @@ def processes(monkeypatch):
 def test_a_worker_that_dies_or_hangs_is_replaced_and_its_episodes_are_lost(
     far, processes, monkeypatch, action, why
 ):
-    lost = {
-        "task": "",
-        "task_type": "",
-        "admissible": [],
-        "won": False,
-        "score": 0.0,
-        "progress": 0.0,
-        "page": "",
-        "lost": why,
-    }
-    with envs.Runner(far, workers=2) as runner:
-        runner.reset({slot: 4 for slot in range(5)})
-        runner.step({2: "east"})
-        with (
-            monkeypatch.context() as patch,
-            pytest.warns(UserWarning, match=f"of far {re.escape(why)}; its episodes are lost"),
-        ):
-            patch.setattr(envs, "LIMIT", 1.0)
-            outcomes = runner.step({1: "east", 0: "east", 2: action, 4: "east"})
+    lost = f"of testing_far {re.escape(why)}; its episodes are lost"
+    with envs.EnvPool(far, workers=2) as pool:
+        pool.reset({slot: 4 for slot in range(5)})
+        pool.step({2: "east"})
+        with monkeypatch.context() as patch, pytest.warns(UserWarning, match=lost):
+            patch.setattr(env_workers, "LIMIT", 1.0)
+            outcomes = pool.step({1: "east", 0: "east", 2: action, 4: "east"})
         assert list(outcomes) == [1, 0, 2, 4]
-        assert [outcomes[slot][0] for slot in (0, 1)] == [
-            "You are at 1 of 5."
-        ] * 2  # answered before, and elsewhere
-        assert outcomes[2] == ("", 0.0, False, True, {**lost, "culprit": True})
-        assert outcomes[4] == ("", 0.0, False, True, {**lost, "culprit": False})
+        # Slot 0 answered before, slot 1 lives in the other process.
+        assert [outcomes[slot][0] for slot in (0, 1)] == ["You are at 1 of 5."] * 2
+        assert outcomes[2] is None
+        assert outcomes[4] is None
         for _ in range(2):  # lost until they are reset, and so are those not asked then
-            again = runner.step({slot: "east" for slot in (4, 3, 0)})
-            assert [again[slot][-1].get("lost") for slot in again] == [
-                why,
-                None,
-                why,
-            ] and not again[0][-1]["culprit"]
-            assert runner.expert({0: "", 1: ""}) == {0: None, 1: (True, "get there", "east")}
-        runner.reset({2: 0, 0: 4})
-        assert runner.step({2: "east", 0: "east", 1: "east"})[2][1] == 1.0
-        assert runner.step({0: "east", 1: "east", 4: "east"})[0][0] == "You are at 2 of 5."
-        assert [process.poll() for process in processes] == [
-            3 if action == "die" else -9,
-            None,
-            None,
-        ]
+            again = pool.step({slot: "east" for slot in (4, 3, 0)})
+            assert [again[slot] is None for slot in (4, 3, 0)] == [True, False, True]
+            assert pool.expert({0: "", 1: ""}) == {0: None, 1: (True, "get there", "east")}
+        pool.reset({2: 0, 0: 4})
+        assert pool.step({2: "east", 0: "east", 1: "east"})[2][1] == 1.0
+        assert pool.step({0: "east", 1: "east", 4: "east"})[0][0] == "You are at 2 of 5."
+        exit_code = 3 if action == "die" else -9
+        assert [process.poll() for process in processes] == [exit_code, None, None]
     assert [process.poll() for process in processes[1:]] == [0, 0]
+
+
+def test_a_task_that_loses_two_processes_in_a_row_raises(far, processes):
+    with envs.EnvPool(far, workers=1) as pool, pytest.warns(UserWarning):
+        pool.reset({0: 2, 1: 4})
+        assert pool.step({0: "die", 1: "east"}) == {0: None, 1: None}
+        pool.reset({0: 2, 1: 4})
+        message = "^task 2 of testing_far's split 'train' failed twice: .* died .exit 3.$"
+        with pytest.raises(RuntimeError, match=message):
+            pool.step({0: "die", 1: "east"})
+
+
+def test_a_task_that_ends_between_two_losses_may_lose_another(far, processes):
+    with envs.EnvPool(far, workers=1) as pool, pytest.warns(UserWarning):
+        for _ in range(2):
+            pool.reset({0: 0})
+            assert pool.step({0: "die"}) == {0: None}
+            pool.reset({0: 0})
+            assert pool.step({0: "east"})[0][1] == 1.0
 
 
 def test_a_reset_that_ends_its_process_is_tried_once_more(far, processes, tmp_path, monkeypatch):
     for index, lives in enumerate(["x", "x", "xx"]):
         (tmp_path / str(index)).write_text(lives)
         monkeypatch.setenv(f"LIVES_{index}", str(tmp_path / str(index)))
-    with envs.Runner(far, workers=1) as runner, pytest.warns(UserWarning, match="died .exit 5."):
+    with envs.EnvPool(far, workers=1) as pool, pytest.warns(UserWarning, match="died .exit 5."):
         pages = [
-            page for page, _ in runner.reset({3: 4, 0: 0, 1: 1, 2: 3}).values()
+            page for page, _ in pool.reset({3: 4, 0: 0, 1: 1, 2: 3}).values()
         ]  # two tasks, each with one process
         assert (
             pages == [f"You are at 0 of {length}." for length in (5, 1, 2, 4)]
             and len(processes) == 3
         )
-        assert runner.step({2: "east"})[2][0] == "You are at 1 of 4."
+        assert pool.step({2: "east"})[2][0] == "You are at 1 of 4."
         with pytest.raises(
             RuntimeError,
-            match="^task 2 of far's split 'train' failed twice: its environment process died .exit 5.$",
+            match="^task 2 of testing_far's split 'train' failed twice: its environment process "
+            "died .exit 5.$",
         ):
-            runner.reset({0: 2})
-        assert runner.reset({0: 2})[0][0] == "You are at 0 of 3."  # it has no lives left to take
+            pool.reset({0: 2})
+        assert pool.reset({0: 2})[0][0] == "You are at 0 of 3."  # it has no lives left to take
 
 
 def test_a_worker_that_dies_between_two_questions(far, processes):
-    with envs.Runner(far, workers=1) as runner, pytest.warns(UserWarning, match="died .exit -9."):
-        runner.reset({0: 0})
+    with envs.EnvPool(far, workers=1) as pool, pytest.warns(UserWarning, match="died .exit -9."):
+        pool.reset({0: 0})
         processes[0].kill()
         processes[0].wait()
-        assert runner.expert({0: ""}) == {0: None} and runner.step({0: "east"})[0][-1]["lost"]
-        runner.reset({0: 0})
-        assert runner.step({0: "east"})[0][1] == 1.0
+        assert pool.expert({0: ""}) == {0: None}
+        assert pool.step({0: "east"}) == {0: None}
+        pool.reset({0: 0})
+        assert pool.step({0: "east"})[0][1] == 1.0
 
 
 def test_an_error_is_raised_also_where_another_process_is_lost(far, processes):
-    with envs.Runner(far, workers=2) as runner, pytest.warns(UserWarning):
-        runner.reset({0: 0, 1: 4})
+    with envs.EnvPool(far, workers=2) as pool, pytest.warns(UserWarning):
+        pool.reset({0: 0, 1: 4})
         with pytest.raises(RuntimeError, match="1 and 2"):
-            runner.step({0: "die", 1: "odd"})
-        assert runner.step({0: "east", 1: "east"})[0][-1]["lost"]
+            pool.step({0: "die", 1: "odd"})
+        assert pool.step({0: "east", 1: "east"})[0] is None
 
 
 def test_closing_does_not_wait_for_ever(write, corridor, processes, monkeypatch):
@@ -583,52 +605,52 @@ def test_closing_does_not_wait_for_ever(write, corridor, processes, monkeypatch)
         "stubborn",
         CORRIDOR.replace("pass", "import time; time.sleep(600)") + "IN_PROCESS = False\n",
     )
-    with envs.Runner("stubborn", workers=1) as runner:
-        runner.reset({0: 0})
-        monkeypatch.setattr(envs, "LIMIT", 0.3)
+    with envs.EnvPool("stubborn", workers=1) as pool:
+        pool.reset({0: 0})
+        monkeypatch.setattr(env_workers, "LIMIT", 0.3)
 
 
 def test_close_closes_envs_and_leaves_no_process(far, tmp_path, monkeypatch):
     monkeypatch.setenv("CLOSED", str(tmp_path / "closed"))
-    runner = envs.Runner(far, workers=2)
-    runner.reset({0: 0, 1: 1, 2: 2})
-    runner.reset({2: 3})  # closes the third
+    pool = envs.EnvPool(far, workers=2)
+    pool.reset({0: 0, 1: 1, 2: 2})
+    pool.reset({2: 3})  # closes the third
     assert (tmp_path / "closed").read_text().split() == ["3"]
-    processes = [worker.process for worker in runner.workers]
+    processes = [worker.process for worker in pool.envs.workers]
     assert [process.poll() for process in processes] == [None, None]
-    runner.close()
+    pool.close()
     assert [process.poll() for process in processes] == [0, 0]
     assert sorted((tmp_path / "closed").read_text().split()) == ["1", "2", "3", "4"]
-    runner.close()  # once more does no harm
+    pool.close()  # once more does no harm
 
 
 def test_the_context_manager_closes_after_an_error(far):
     with pytest.raises(KeyError, match="ours"):
-        with envs.Runner(far, workers=1) as runner:
-            process = runner.workers[0].process
-            runner.reset({0: 0})
+        with envs.EnvPool(far, workers=1) as pool:
+            process = pool.envs.workers[0].process
+            pool.reset({0: 0})
             raise KeyError("ours")
     assert process.poll() == 0
 
 
-def test_runner_in_process_closes_envs(far, write, tmp_path, monkeypatch):
+def test_a_pool_in_this_process_closes_envs(far, write, tmp_path, monkeypatch):
     monkeypatch.setenv("CLOSED", str(tmp_path / "closed"))
     write("near", FAR.replace("IN_PROCESS = False", ""))
-    with envs.Runner("near", workers=2) as runner:
-        assert not runner.workers
-        runner.reset({0: 0, 1: 1})
-        runner.reset({0: 2})
+    with envs.EnvPool("near", workers=2) as pool:
+        assert isinstance(pool.envs, env_workers.LocalEnvs)
+        pool.reset({0: 0, 1: 1})
+        pool.reset({0: 2})
     assert sorted((tmp_path / "closed").read_text().split()) == ["1", "2", "3"]
 
 
 def test_workers_find_what_the_caller_finds(far, tmp_path):
-    """Run from elsewhere: the project is on sys.path, the world in the current folder, sys.path's empty entry."""
+    """The project is on sys.path, the world in the current folder: sys.path's empty entry."""
     code = f"""if True:
         import sys
         sys.path[:] = ["", {str(ROOT)!r}] + [p for p in sys.path if p]
         import envs
-        with envs.Runner("far", workers=1) as runner:
-            print(runner.reset({{0: 1}})[0][0])
+        with envs.EnvPool("testing_far", workers=1) as pool:
+            print(pool.reset({{0: 1}})[0][0])
     """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True

@@ -1,4 +1,7 @@
-"""benchmarks/gpu.py, tiny and on the CPU: all that a GPU will be asked has been asked once. And benchmarks/scale.py, on made-up answers."""
+"""benchmarks/gpu.py, tiny on the CPU: all its parts run once. And benchmarks/scale.py.
+
+Also that benchmarks/ablation.py runs things in a fresh clone.
+"""
 
 import json
 import os
@@ -9,164 +12,186 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import scale
+from benchmarks import ablation, scale
 from config import Config
 
 ROOT = Path(__file__).parent.parent
-TINY = "--model tiny --slots 2 4 --prompt 250 --response 4 --longest 2 --turns 4 --tokens 1024 2048".split()
+TINY = (
+    "--model tiny --num_envs 2 4 --prompt 250 --response 4 --longest 2 --turns 4 --tokens 1024 2048"
+).split()
 
 
-def run(out, *words):
+def run_gpu(out, *words):
     """-> (its rows by part, what it printed)"""
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "QWEN_TOKENIZER": ""}
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *TINY, "--out", str(out), *words],
-        env={
-            **os.environ,
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-            "QWEN_TOKENIZER": "",
-        },
+        env=env,
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    return {
-        row.pop("part"): row for row in map(json.loads, out.read_text().splitlines())
-    }, done.stdout
+    rows = map(json.loads, out.read_text().splitlines())
+    return {row.pop("part"): row for row in rows}, done.stdout
+
+
+# ---- gpu.py ------------------------------------------------------------------------------------
 
 
 def test_every_part_reports(tmp_path):
-    rows, said = run(tmp_path / "rows.jsonl")
+    rows, printed = run_gpu(tmp_path / "rows.jsonl")
     assert not [row["failed"] for row in rows.values() if "failed" in row]
-    assert [
-        sum(name.startswith(part) for name in rows)
-        for part in ("hae", "generate", "rollout", "update", "plan")
-    ] == [2, 6, 5, 3, 3]
-    assert {"environment", "build", "attention", "log-probs", "all"} < set(rows) and len(rows) == 24
-    assert (
-        rows["log-probs"]["holds"]
-        and rows["log-probs"]["generation"] < 0.05
-        and rows["hae, 4096 x 50"]["holds"]
-    )
-    assert (
-        rows["rollout, 4 slots"]["turns"]
-        == rows["rollout, 2 slots, lockstep"]["turns"]
-        == 1 + 2 + 1 + 2
-    )
-    assert (
-        rows["rollout, 4 slots"]["rows a turn"]
-        == 1
-        < rows["rollout, 4 slots, lockstep"]["rows a turn"]
-    )
-    assert (
-        230 < rows["build"]["tokens a prompt"] < 270
-        and said.splitlines()[-1].startswith("gpu: ")
-        and said.endswith("x\n")
-    )
-    assert all(name in said for name in rows)
+    wanted = {"hae": 2, "generate": 6, "rollout": 5, "update": 3, "plan": 3}
+    counts = {part: sum(name.startswith(part) for name in rows) for part in wanted}
+    assert counts == wanted
+    assert {"environment", "build", "log-probs", "all"} < set(rows)
+    assert len(rows) == 23
+    assert rows["log-probs"]["holds"]
+    assert rows["log-probs"]["generation"] < 0.05
+    assert rows["hae, 4096 x 50"]["holds"]
+    ours, lockstep = rows["rollout, 4 envs"], rows["rollout, 4 envs, lockstep"]
+    assert ours["turns"] == 1 + 2 + 1 + 2
+    assert rows["rollout, 2 envs, lockstep"]["turns"] == 1 + 2 + 1 + 2
+    assert ours["rows a turn"] == 1 < lockstep["rows a turn"]
+    assert 230 < rows["build"]["tokens a prompt"] < 270
+    assert printed.splitlines()[-1].startswith("gpu: ")
+    assert printed.endswith("x\n")
+    assert all(name in printed for name in rows)
 
 
 def test_what_fails_takes_nothing_else_with_it(tmp_path):
-    rows, said = run(tmp_path / "rows.jsonl", "--model", "none")
-    assert [name for name in rows if "failed" not in rows[name]] == [
-        "environment",
-        "hae, 128 x 50",
-        "hae, 4096 x 50",
-        "all",
-    ]
-    assert (
-        rows["build"]["failed"] == "KeyError: 'none'"
-        and rows["all"]["failed parts"] == 20
-        and said.endswith("gpu: not measured\n")
-    )
+    rows, printed = run_gpu(tmp_path / "rows.jsonl", "--model", "none")
+    succeeded = [name for name in rows if "failed" not in rows[name]]
+    assert succeeded == ["environment", "hae, 128 x 50", "hae, 4096 x 50", "all"]
+    assert rows["build"]["failed"] == "KeyError: 'none'"
+    assert rows["all"]["failed parts"] == 19
+    assert printed.endswith("gpu: not measured\n")
+
+
+# ---- scale.py ----------------------------------------------------------------------------------
 
 
 def test_parts_are_read_from_measured_rows(tmp_path):
     """a + b rows is what two numbers of slots took; twice the parameters, twice the seconds."""
     rows = {
         "build": {"actor M": 1500, "tokens a prompt": 750},
-        "generate, 64 slots": {"ms a step": 30.0, "ms prompts": 200.0},
-        "generate, 128 slots": {"ms a step": 36.4, "ms prompts": 384.0},
-        "generate, 128 slots, bf16 copy": {"ms a step": 1.0},
+        "generate, 64 envs": {"ms a step": 30.0, "ms prompts": 200.0},
+        "generate, 128 envs": {"ms a step": 36.4, "ms prompts": 384.0},
+        "generate, 128 envs, bf16 copy": {"ms a step": 1.0},
         "update": {"scored tokens/s": 9e4, "tokens/s": 4e4},
         "update, checkpointing": {"tokens/s": 3e4},
     }
-    (tmp_path / "rows").write_text(
-        "".join(json.dumps({"part": part, **row}) + "\n" for part, row in rows.items())
-    )
+    lines = [json.dumps({"part": part, **row}) + "\n" for part, row in rows.items()]
+    (tmp_path / "rows").write_text("".join(lines))
     for times in (1, 2):
-        part = scale.measured(tmp_path / "rows", SimpleNamespace(actor=1.5e9 * times))
-        assert [part.a, part.b, part.c] == pytest.approx(
-            [0.0236 * times, 1e-4 * times, 4e-6 * times]
-        )
+        sizes = SimpleNamespace(actor=1.5e9 * times)
+        part = scale.measured_parts(tmp_path / "rows", sizes)
+        wanted = [0.0236 * times, 1e-4 * times, 4e-6 * times]
+        assert [part.a, part.b, part.c] == pytest.approx(wanted)
         assert [part.s, part.u] == pytest.approx([9e4 / times, 3e4 / times])
 
 
-@pytest.mark.parametrize(
-    "gpus, sharded, wanted",
-    [
-        (
-            1,
-            False,
-            [
-                50 * 40 * 0.02 + 2560 * (40 * 1e-4 + 750 * 1e-5),
-                2560 * 0.004 / 10,
-                1.5 * 2560 * 790 / 1e5,
-                2560 * 790 / 2e4,
-                0,
-            ],
-        ),
-        (
-            4,
-            False,
-            [
-                50 * 40 * 0.02 + 640 * (40 * 1e-4 + 750 * 1e-5),
-                640 * 0.004 / 10,
-                1.5 * 640 * 790 / 1e5,
-                640 * 790 / 2e4,
-                2 * 0.75 * 4 * 3e9 * 10 / 3e11,
-            ],
-        ),
-        (
-            4,
-            True,
-            [
-                50 * 40 * 0.02 + 640 * (40 * 1e-4 + 750 * 1e-5),
-                640 * 0.004 / 10,
-                1.5 * 640 * 790 / 1e5,
-                640 * 790 / 2e4,
-                0.75 * (124 * (8 + 3) * 3e9 + 2 * 1.5e9) / 3e11,
-            ],
-        ),
-    ],
-)  # 124 micro-batches of 4096 tokens
-def test_an_iteration_costs_its_equations(gpus, sharded, wanted):
-    part, s = (
-        SimpleNamespace(a=0.02, b=1e-4, c=1e-5, s=1e5, u=2e4),
-        SimpleNamespace(actor=1.5e9, critic=1.5e9, heads=0),
-    )
-    given = SimpleNamespace(
+def iteration_cost(config, gpus, sharded):
+    parts = scale.Parts(a=0.02, b=1e-4, c=1e-5, s=1e5, u=2e4)
+    sizes = SimpleNamespace(actor=1.5e9, critic=1.5e9, heads=0)
+    args = SimpleNamespace(
         episodes=128, turns=20.0, longest=50, prompt=750, response=40, world=0.004, cores=10
     )
-    assert list(scale.cost(part, s, Config(), given, gpus, sharded).values()) == pytest.approx(
-        wanted
-    )
-    some = scale.cost(part, s, Config(slots=16), given, gpus, sharded)[
-        "rollout"
-    ]  # who has to wait plays after the others
-    assert some - wanted[0] == pytest.approx((128 / gpus / 16 - 1) * 20 * 40 * 0.02)
+    return scale.cost(parts, sizes, config, args, gpus, sharded)
 
 
-def test_scale_says_that_it_assumes():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "scale.py")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert (
-        done.returncode == 0
-        and done.stdout.startswith("ASSUMED, not measured")
-        and "\nscale: " in done.stdout
-    )
+# 2560 turns of 790 tokens in all; on 4 GPUs 640 turns each, in 31 micro-batches of 16384 tokens.
+@pytest.mark.parametrize(
+    "gpus, sharded, turns, exchange",
+    [
+        (1, False, 2560, 0),
+        (4, False, 640, 2 * 0.75 * 4 * 3e9 * 10 / 3e11),
+        (4, True, 640, 0.75 * (31 * (8 + 3) * 3e9 + 2 * 1.5e9) / 3e11),
+    ],
+)
+def test_an_iteration_costs_its_equations(gpus, sharded, turns, exchange):
+    wanted = {
+        "rollout": 50 * 40 * 0.02 + turns * (40 * 1e-4 + 750 * 1e-5),
+        "worlds": turns * 0.004 / 10,
+        "score": 1.5 * turns * 790 / 1e5,
+        "update": turns * 790 / 2e4,
+        "exchange": exchange,
+    }
+    cost = iteration_cost(Config(), gpus, sharded)
+    assert cost == pytest.approx(wanted)
+    # Episodes that wait for a slot play after the others.
+    waiting = iteration_cost(Config(num_envs=16), gpus, sharded)["rollout"]
+    more = (128 / gpus / 16 - 1) * 20 * 40 * 0.02
+    assert waiting - wanted["rollout"] == pytest.approx(more)
+
+
+def test_scale_says_that_it_assumes(capsys):
+    scale.main([])
+    printed = capsys.readouterr().out
+    assert printed.startswith("ASSUMED, not measured")
+    assert "\nscale: " in printed
+
+
+# ---- ablation.py -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Cells that ablation.py would run; they end at once, with made-up curves."""
+    ran = []
+
+    def train(method, prompt, seed, iterations, start, work):
+        ran.append((method, prompt, seed))
+        return made_up_line(method, prompt, seed, ablation.commit())
+
+    monkeypatch.setattr(ablation, "train", train)
+    monkeypatch.setattr(ablation, "make_clone", lambda prompt, seed, work: work)
+    monkeypatch.setattr(ablation, "plot", lambda lines, path: None)
+    monkeypatch.setattr(ablation, "commit", lambda: "this commit")
+    return ran
+
+
+def made_up_line(method, prompt, seed, commit):
+    return {
+        "method": method,
+        "prompt": prompt,
+        "seed": seed,
+        "commit": commit,
+        "success_start": 0.5,
+        "success_final": 0.9,
+        "per_task_type": {"pick_and_place_simple": 0.9},
+        "iterations_to_80": None,
+        "seconds": 60.0,
+        "curve": [0.5, 0.9],
+    }
+
+
+def test_ablation_runs_what_is_missing_and_leaves_the_committed_results(tmp_path, capsys, runs):
+    before = ablation.OURS.read_bytes()
+    ablation.main(["--quick", "--jobs", "1", "--out", str(tmp_path)])
+    assert sorted(runs) == sorted(ablation.QUICK)  # though all of them are among ours
+    assert ablation.OURS.read_bytes() == before
+    printed = capsys.readouterr().out
+    assert "ours, as committed" in printed
+    assert printed.endswith("ablation: 1.00x\n")
+    runs.clear()
+    ablation.main(["--quick", "--jobs", "1", "--out", str(tmp_path)])
+    assert runs == []
+
+
+def test_ablation_keeps_lines_of_other_commits_apart(tmp_path, capsys, runs):
+    line = made_up_line("hiper", "plan-execute", 0, "another commit")
+    (tmp_path / "ablation.jsonl").write_text(json.dumps(line) + "\n")
+    ablation.main(["--quick", "--jobs", "1", "--out", str(tmp_path)])
+    assert ("hiper", "plan-execute", 0) in runs
+    assert "another commit: another co" in capsys.readouterr().out
+    mine = [line["commit"] for line in ablation.show(tmp_path)]
+    assert mine == ["this commit"] * 4
+
+
+@pytest.mark.parametrize(
+    "curve, iteration", [([0.8] * 3, 3), ([0.5, 0.95, 1.0, 0.6], 3), ([0.9, 0.9], None), ([], None)]
+)
+def test_the_first_iteration_at_a_level(curve, iteration):
+    assert ablation.first_reached(curve, 0.8) == iteration

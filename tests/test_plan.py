@@ -1,42 +1,46 @@
-"""plan.py: counts and bytes against real tiny models and their tensors; and the command as a user gives it."""
+"""support/memory_plan.py: counts and bytes against tiny models' tensors; and the command itself."""
 
 import os
 import re
 import subprocess
 import sys
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2Config,
+    T5Config,
+)
 
 import hiper
-from support import plan
 import train
 from config import Config
+from support import memory_plan as plan
+from support.cloning import tiny_model
+from support.loading import make_optimizer
 
 ROOT = Path(__file__).parent.parent
 QWEN = "Qwen/Qwen2.5-{}-Instruct"
 
 
 def small(**changes):
-    return Qwen2Config(
-        **{
-            **dict(
-                hidden_size=64,
-                num_hidden_layers=3,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                intermediate_size=160,
-                vocab_size=300,
-                tie_word_embeddings=True,
-            ),
-            **changes,
-        }
+    settings = dict(
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=160,
+        vocab_size=300,
+        tie_word_embeddings=True,
     )
+    return Qwen2Config(**{**settings, **changes})
 
 
 SHAPES = [
@@ -60,33 +64,51 @@ def policy_of(shape, critic="separate"):
 
 
 def bytes_of(tensors):
-    """Of their storages, each counted once."""
-    return sum(
-        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
-    )
+    """Bytes of their storages, each counted once."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def saved(run, skip):
-    """Bytes of what autograd keeps of run(), each storage once, without the tensors `skip`."""
-    kept, known = [], {t.untyped_storage().data_ptr() for t in skip}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        result = run()
-    return bytes_of(t for t in kept if t.untyped_storage().data_ptr() not in known), result
+def saved_bytes(forward, skip):
+    """Bytes that autograd keeps of forward(), each storage once, without the tensors `skip`."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in skip}
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    def unpack(tensor):
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        result = forward()  # noqa: F841, its graph must live while the bytes are counted
+    return bytes_of(t for t in kept if t.untyped_storage().data_ptr() not in known)
 
 
-# ---- numbers of parameters --------------------------------------------------------------------------------------------
+def autocast_forward(model, ids):
+    def forward():
+        with torch.autocast("cpu", torch.bfloat16):
+            return hiper.last_hidden_state(model, ids)
+
+    return forward
 
 
-@pytest.mark.parametrize("critic", ["separate", "shared"])
+# ---- numbers of parameters ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared", "none"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda c: c.model_type)
 def test_parameters_are_those_of_the_model(shape, critic):
-    s, policy = plan.sizes(shape, critic), policy_of(shape, critic)
-    count = lambda module: sum(p.numel() for p in module.parameters()) if module is not None else 0
-    assert (s.actor, s.critic, s.heads) == (
-        count(policy.actor),
-        count(policy.critic),
-        count(policy.heads),
-    )
+    s = plan.count_sizes(shape, critic)
+    policy = policy_of(shape, critic)
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters()) if module is not None else 0
+
+    assert s.actor == count(policy.actor)
+    assert s.critic == count(policy.critic)
+    assert s.heads == count(policy.value_heads)
     assert s.actor + s.critic + s.heads == count(policy)
 
 
@@ -94,17 +116,16 @@ def test_parameters_are_those_of_the_model(shape, critic):
     "name, published", [("0.5B", 494_032_768), ("1.5B", 1_543_714_304), ("7B", 7_615_616_512)]
 )
 def test_built_in_shapes_have_the_published_number_of_parameters(name, published):
-    s = plan.sizes(plan.built_in(QWEN.format(name)))
-    assert s.actor == published and s.heads == 3 * (s.hidden + 1)
-    assert s.actor - s.critic == (
-        152064 * 3584 if name == "7B" else 0
-    )  # the critic has no output projection of its own
+    s = plan.count_sizes(plan.built_in(QWEN.format(name)))
+    assert s.actor == published
+    assert s.heads == 3 * (s.hidden + 1)
+    own_output_projection = 152064 * 3584 if name == "7B" else 0  # the critic has none
+    assert s.actor - s.critic == own_output_projection
 
 
-def test_the_tiny_shape_is_the_trainer_s(tiny_tokenizer):
-    from support import cloning as scratch
-
-    ours, theirs = plan.built_in("tiny"), scratch.tiny_model(tiny_tokenizer).config
+def test_the_tiny_shape_is_the_trainers(tiny_tokenizer):
+    ours = plan.built_in("tiny")
+    theirs = tiny_model(tiny_tokenizer).config
     for name in (
         "hidden_size",
         "num_hidden_layers",
@@ -116,36 +137,33 @@ def test_the_tiny_shape_is_the_trainer_s(tiny_tokenizer):
         assert getattr(ours, name) == getattr(theirs, name), name
 
 
-# ---- bytes against tensors --------------------------------------------------------------------------------------------
+# ---- bytes against tensors ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("critic", ["separate", "shared"])
 def test_weights_gradients_and_adam_take_what_their_tensors_take(critic):
     """To the byte, on a real model after a real step of the trainer's optimizer."""
-    config, policy = Config(), policy_of(SHAPES[1], critic)
-    optimizer = train.optimizer_of(policy, config)
+    config = Config()
+    policy = policy_of(SHAPES[1], critic)
+    optimizer = make_optimizer(policy, config)
     ids = torch.arange(40).view(2, 20)
-    scores = policy(ids, torch.tensor([9, 5]), torch.tensor([11, 3]), torch.tensor([4, -1]))
-    (
-        scores.logp.sum() + scores.v_high.sum() + scores.v_low.sum() + scores.v_switch.sum()
-    ).backward()
+    output = policy(ids, torch.tensor([9, 5]), torch.tensor([11, 3]), torch.tensor([4, -1]))
+    values = output.v_high.sum() + output.v_low.sum() + output.v_switch.sum()
+    (output.logprobs.sum() + values).backward()
     for p in policy.parameters():
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
     optimizer.step()
-    parts = {
-        name: size
-        for name, (size, _) in plan.memory(plan.sizes(SHAPES[1], critic), config)[0].items()
-    }
+    memory, _ = plan.memory(plan.count_sizes(SHAPES[1], critic), config)
+    parts = {name: size for name, (size, _) in memory.items()}
     own = [p for name, p in policy.named_parameters() if not name.startswith("actor.")]
     assert parts["actor weights, float32"] == bytes_of(policy.actor.parameters())
     assert parts["critic and heads, float32"] == bytes_of(own)
-    assert parts["reference weights, bf16"] == bytes_of(
-        policy_of(SHAPES[1]).actor.bfloat16().parameters()
-    )
+    reference = policy_of(SHAPES[1], "none").bfloat16()
+    assert parts["reference weights, bf16"] == bytes_of(reference.parameters())
     assert parts["gradients, float32"] == bytes_of(p.grad for p in policy.parameters())
-    moments = [
-        state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")
-    ]
+    states = optimizer.state.values()
+    moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
     assert parts["Adam's two moments, float32"] == bytes_of(moments)
     groups = [sum(p.nbytes for p in group["params"]) for group in optimizer.param_groups]
     assert parts["Adam's scratch copy of one group"] == max(groups)
@@ -153,161 +171,153 @@ def test_weights_gradients_and_adam_take_what_their_tensors_take(critic):
 
 def test_moments_in_8_bits_take_what_their_tensors_take():
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    config, shape = (
-        Config(optimizer="adamw8bit"),
-        Qwen2Config(
-            vocab_size=4096,
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-        ),
+    config = Config(optimizer="adamw8bit")
+    shape = Qwen2Config(
+        vocab_size=4096,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
     )
-    policy = policy_of(shape, "separate")
-    optimizer = train.optimizer_of(policy, config)
+    policy = policy_of(shape)
+    optimizer = make_optimizer(policy, config)
     for p in policy.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
+    names = ("state1", "state2", "absmax1", "absmax2")
     taken = bytes_of(
-        x
+        tensor
         for state in optimizer.state.values()
-        for name, x in state.items()
-        if name in ("state1", "state2", "absmax1", "absmax2")
+        for name, tensor in state.items()
+        if name in names
     )
-    parts, peaks = plan.memory(plan.sizes(shape), config)
+    parts, _ = plan.memory(plan.count_sizes(shape), config)
     assert parts["Adam's two moments, 8 bits"][0] == pytest.approx(taken, rel=0.01)
-    whole, most = plan.memory(plan.sizes(shape), Config())
-    assert (
-        peaks["update"] < most["update"]
-        and peaks["step"] < most["step"]
-        and not any("scratch" in name for name in parts)
-    )
-    assert plan.memory(plan.sizes(shape), config, 8) == plan.memory(
-        plan.sizes(shape), Config(), 8
-    )  # in shards it is PyTorch's
+
+
+def test_moments_in_8_bits_take_less_where_nothing_is_sharded():
+    config = Config(optimizer="adamw8bit")
+    s = plan.count_sizes(small())
+    parts, peaks = plan.memory(s, config)
+    _, most = plan.memory(s, Config())
+    assert peaks["update"] < most["update"]
+    assert peaks["step"] < most["step"]
+    assert not any("scratch" in name for name in parts)
+    # In shards it is PyTorch's Adam.
+    assert plan.memory(s, config, 8) == plan.memory(s, Config(), 8)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=lambda c: c.model_type)
 def test_activations_are_what_autograd_saves(shape):
     """Saved tensors of a forward under bf16 autocast, within 5 %."""
-    model, s, ids = (
-        policy_of(shape).actor.base_model,
-        plan.sizes(shape),
-        torch.arange(256).view(2, 128) % 200,
-    )
-
-    def forward(on=True):
-        with torch.autocast("cpu", torch.bfloat16) if on else nullcontext():
-            return model(input_ids=ids, use_cache=False).last_hidden_state
-
-    size, _ = saved(forward, list(model.parameters()))
+    model = policy_of(shape).actor.base_model
+    s = plan.count_sizes(shape)
+    ids = torch.arange(256).view(2, 128) % 200
+    size = saved_bytes(autocast_forward(model, ids), list(model.parameters()))
     copies = 2 * s.critic_linear  # of all its matrices, which the graph keeps alive
-    planned = ids.numel() * (s.layers * plan.layer(s) + 2 * 4 * s.hidden)
+    planned = ids.numel() * (s.layers * plan.layer_activations(s) + 2 * 4 * s.hidden)
     assert planned == pytest.approx(size - copies, rel=0.05)
 
 
 def test_checkpointing_keeps_the_layers_inputs():
     shape = small(num_hidden_layers=6)
-    model, s, ids = (
-        policy_of(shape).actor.base_model.train(),
-        plan.sizes(shape, "shared"),
-        torch.arange(256).view(2, 128),
-    )
-    model.gradient_checkpointing_enable()
-
-    def forward():
-        with torch.autocast("cpu", torch.bfloat16):
-            return model(input_ids=ids, use_cache=False).last_hidden_state
-
-    size, _ = saved(forward, list(model.parameters()))
-    assert size == pytest.approx(
-        ids.numel() * (s.layers * 4 * s.hidden + 2 * 4 * s.hidden), rel=0.1
-    )
+    model = policy_of(shape).actor.base_model.train()
+    s = plan.count_sizes(shape, "shared")
+    ids = torch.arange(256).view(2, 128)
+    model.activation_checkpointing_enable()
+    size = saved_bytes(autocast_forward(model, ids), list(model.parameters()))
+    planned = ids.numel() * (s.layers * 4 * s.hidden + 2 * 4 * s.hidden)
+    assert size == pytest.approx(planned, rel=0.1)
     assert plan.activations(s, ids.numel(), True) > size
 
 
 def test_the_cache_is_what_the_model_keeps():
     shape = small()
-    model, s, ids = policy_of(shape).actor, plan.sizes(shape), torch.arange(60).view(3, 20)
+    model = policy_of(shape).actor
+    s = plan.count_sizes(shape)
+    ids = torch.arange(60).view(3, 20)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        cache = model(input_ids=ids, use_cache=True).past_key_values
-    assert plan.kv_cache(s, 3, 20) == bytes_of(
-        t for kept in cache.layers for t in (kept.keys, kept.values)
-    )
+        cache = DynamicCache()
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+    keys = [layer.keys for layer in cache.layers]
+    values = [layer.values.bfloat16() for layer in cache.layers]  # transformers 5.23: float32
+    assert plan.kv_cache(s, 3, 20) == bytes_of([*keys, *values])
 
 
 def test_a_chunk_of_logits_is_never_larger_than_planned():
-    """Forward of one chunk: its float32 logits and softmax; the plan allows for as much again on the way back."""
-    s = plan.sizes(plan.built_in(QWEN.format("1.5B")))
-    assert (
-        plan.logits(s, 10**6) == 16 * plan.CHUNK == 16 * 2**25
-        and plan.logits(s, 10) == 160 * s.vocab
-    )
+    """Its float32 logits and softmax, and as much again on the way back."""
+    s = plan.count_sizes(plan.built_in(QWEN.format("1.5B")))
+    assert plan.logits(s, 10**6) == 16 * plan.CHUNK == 16 * 2**25
+    assert plan.logits(s, 10) == 160 * s.vocab
 
 
-# ---- what follows from them -------------------------------------------------------------------------------------------
+# ---- what follows from them --------------------------------------------------------------------
 
 BIG = Config(
     model=QWEN.format("1.5B"),
     episodes=128,
-    slots=128,
-    max_response=512,
-    tokens_per_batch=16384,
+    num_envs=128,
+    max_new_tokens=512,
+    micro_batch_tokens=16384,
     gradient_checkpointing=True,
 )
-S = plan.sizes(plan.built_in(BIG.model))
+S = plan.count_sizes(plan.built_in(BIG.model))
 
 
 @pytest.mark.parametrize(
     "phase, name, values",
     [
-        ("rollout", "slots", (1, 8, 128)),
-        ("rollout", "max_prompt", (256, 1024, 2048)),
-        ("rollout", "max_response", (24, 512)),
-        ("update", "tokens_per_batch", (4096, 16384, 65536)),
+        ("rollout", "num_envs", (1, 8, 128)),
+        ("rollout", "max_prompt_tokens", (256, 1024, 2048)),
+        ("rollout", "max_new_tokens", (24, 512)),
+        ("update", "micro_batch_tokens", (4096, 16384, 65536)),
         ("update", "gradient_checkpointing", (True, False)),
-        ("update", "kl", (0.0, 0.01)),
+        ("update", "kl_coef", (0.0, 0.01)),
     ],
 )
 def test_more_takes_more(phase, name, values):
-    plain = replace(BIG, kl=0.0, kl_rest=0.0) if name == "kl" else BIG
+    plain = BIG
+    if name == "kl_coef":
+        plain = replace(BIG, kl_coef=0.0, untrained_kl_coef=0.0)
     peaks = [plan.memory(S, replace(plain, **{name: value}))[1][phase] for value in values]
-    assert peaks == sorted(peaks) and len(set(peaks)) == len(peaks)
+    assert peaks == sorted(peaks)
+    assert len(set(peaks)) == len(peaks)
 
 
 def test_a_shared_critic_and_a_smaller_model_take_less():
-    shared, half = (
-        plan.sizes(plan.built_in(BIG.model), "shared"),
-        plan.sizes(plan.built_in(QWEN.format("0.5B"))),
-    )
+    shared = plan.count_sizes(plan.built_in(BIG.model), "shared")
+    none = plan.count_sizes(plan.built_in(BIG.model), "none")
+    half = plan.count_sizes(plan.built_in(QWEN.format("0.5B")))
     for phase, peak in plan.memory(S, BIG)[1].items():
-        assert plan.memory(half, BIG)[1][phase] < peak and plan.memory(shared, BIG)[1][phase] < peak
+        assert plan.memory(half, BIG)[1][phase] < peak
+        assert plan.memory(shared, BIG)[1][phase] < peak
+        assert plan.memory(none, BIG)[1][phase] < plan.memory(shared, BIG)[1][phase]
     assert plan.memory(S, BIG)[1] == plan.memory(S, replace(BIG, seed=5, lr=1.0, iterations=7))[1]
 
 
-def test_what_fits():
-    """Larger and more GPUs never spare less; the flags that are offered do make it fit."""
+def test_larger_and_more_gpus_never_spare_less():
     spare = [[plan.fits(S, BIG, gpu, n)[0] for n in (1, 2, 4, 128)] for gpu in plan.GPUS]
-    assert all(row == sorted(row) for row in spare) and all(
-        list(column) == sorted(column) for column in zip(*spare)
-    )
-    assert plan.fits(S, BIG, 24, 128) == (
-        pytest.approx(24 * 0.9 - max(plan.memory(S, replace(BIG, slots=1))[1].values()) / 1e9),
-        "",
-    )
+    assert all(row == sorted(row) for row in spare)
+    assert all(list(column) == sorted(column) for column in zip(*spare, strict=True))
+    one_env = max(plan.memory(S, replace(BIG, num_envs=1))[1].values())
+    assert plan.fits(S, BIG, 24, 128) == (pytest.approx(24 * 0.9 - one_env / 1e9), "")
+
+
+def test_the_flags_that_are_offered_make_it_fit():
     offered = 0
     for gpu in range(40, 160, 5):
-        for start in (BIG, replace(BIG, gradient_checkpointing=False, tokens_per_batch=65536)):
+        for start in (BIG, replace(BIG, gradient_checkpointing=False, micro_batch_tokens=65536)):
             spare, flags = plan.fits(S, start, gpu, 1)
             assert spare < 0 or not flags
-            if flags:
-                words = dict(re.findall(r"--(\w+) (\w+)", flags))
-                better = replace(
-                    start, **{n: {"True": True}.get(x) or int(x) for n, x in words.items()}
-                )
-                assert plan.fits(S, better, gpu, 1)[0] >= 0 and better != start
-                offered += 1
+            if not flags:
+                continue
+            words = dict(re.findall(r"--(\w+) (\w+)", flags))
+            changes = {name: value == "True" or int(value) for name, value in words.items()}
+            better = replace(start, **changes)
+            assert plan.fits(S, better, gpu, 1)[0] >= 0
+            assert better != start
+            offered += 1
     assert offered
 
 
@@ -315,142 +325,128 @@ def test_what_fits():
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda c: c.model_type)
 def test_layers_and_the_rest_are_the_whole(shape, critic):
     """What FSDP gathers at once: a layer's weights, and those in none."""
-    s, policy = plan.sizes(shape, critic), policy_of(shape, critic)
-    layers = [
-        module
-        for module in policy.modules()
-        if type(module).__name__.endswith(("DecoderLayer", "GPT2Block"))
-    ]
-    assert len(layers) == s.layers * (2 if s.critic else 1) and s.block == sum(
-        p.numel() for p in layers[0].parameters()
-    )
+    s = plan.count_sizes(shape, critic)
+    kinds = ("DecoderLayer", "GPT2Block")
+    modules = policy_of(shape, critic).modules()
+    layers = [module for module in modules if type(module).__name__.endswith(kinds)]
+    assert len(layers) == s.layers * (2 if s.critic else 1)
+    assert s.block == sum(p.numel() for p in layers[0].parameters())
     assert s.outside + len(layers) * s.block == s.actor + s.critic + s.heads
 
 
 def test_shards_divide_weights_gradients_and_moments():
-    """By the number of GPUs; nothing else but what is put together differs. 7B fits on eight of 80 GB so, and on none whole."""
-    alone, parts = plan.memory(S, BIG)[0], plan.memory(S, BIG, 8)[0]
+    """By the number of GPUs; besides, only what is gathered differs."""
+    alone = plan.memory(S, BIG)[0]
+    parts = plan.memory(S, BIG, 8)[0]
+    divided = ("weights", "heads", "moments", "gradients", "scratch")
     for name in alone.keys() & parts.keys():
-        divided = any(
-            word in name for word in ("weights", "heads", "moments", "gradients", "scratch")
-        )
-        assert parts[name] == (
-            pytest.approx(alone[name][0] / (8 if divided else 1)),
-            alone[name][1],
-        ), name
-    assert all(
-        name.startswith(("put together", "autocast")) for name in alone.keys() ^ parts.keys()
-    )
-    actor_and_embedding = (
-        S.actor + S.vocab * S.hidden + S.hidden + S.heads
-    )  # the critic's, its last norm, heads
-    assert parts["put together: the actor, bf16"][0] == 2 * actor_and_embedding
+        factor = 8 if any(word in name for word in divided) else 1
+        size, phases = alone[name]
+        assert parts[name] == (pytest.approx(size / factor), phases), name
+    assert all(name.startswith(("gathered", "autocast")) for name in alone.keys() ^ parts.keys())
+    # The critic's embedding, its last norm and the heads are gathered with the actor.
+    actor_and_embedding = S.actor + S.vocab * S.hidden + S.hidden + S.heads
+    assert parts["gathered: the actor, bf16"][0] == 2 * actor_and_embedding
     spare = [plan.fits(S, BIG, 80, n, True)[0] for n in (2, 4, 8, 16)]
-    assert spare == sorted(spare) and plan.fits(S, BIG, 80, 16)[0] < spare[1]
-    big = plan.sizes(plan.built_in(QWEN.format("7B")))
+    assert spare == sorted(spare)
+    assert plan.fits(S, BIG, 80, 16)[0] < spare[1]
+
+
+def test_7b_fits_on_eight_gpus_in_shards_and_on_none_whole():
+    big = plan.count_sizes(plan.built_in(QWEN.format("7B")))
     assert plan.fits(big, BIG, 80, 8, True)[0] > 0 > plan.fits(big, BIG, 141, 8)[0]
 
 
-# ---- the command ------------------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------
 
 
 def command(cwd, *words):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ALFWORLD_DATA": "nowhere"}
     return subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *words],
         cwd=cwd,
         capture_output=True,
         text=True,
         timeout=120,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "ALFWORLD_DATA": "nowhere",
-        },
+        env=env,
     )
 
 
 def test_the_command_needs_neither_data_nor_weights(tmp_path):
-    done = command(
-        tmp_path, "--plan", str(ROOT / "configs" / "alfworld-1.5b.yaml"), "--slots", "64"
-    )
+    config = str(ROOT / "configs" / "alfworld-1.5b.yaml")
+    done = command(tmp_path, "--plan", config, "--num_envs", "64")
     assert done.returncode == 0, done.stderr
-    assert (
-        "actor 1,543,714,304, critic 1,543,714,304" in done.stdout
-        and "built in" in done.stdout
-        and "replicated" in done.stdout
-    )
-    assert re.findall(r"^ *(\d+) GB: 1 GPU (?:yes|no), \d+\.\d", done.stdout, re.M) == [
-        "24",
-        "80",
-        "141",
-    ]
-    assert "KV cache, 64 x 2560 tokens" in done.stdout and list(tmp_path.iterdir()) == []
+    assert "actor 1,543,714,304, critic 1,543,714,304" in done.stdout
+    assert "built in" in done.stdout
+    assert "replicated" in done.stdout
+    lines = re.findall(r"^ *(\d+) GB: 1 GPU (?:yes|no), \d+\.\d", done.stdout, re.M)
+    assert lines == ["24", "80", "141"]
+    assert "KV cache, 64 x 2560 tokens" in done.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_with_nothing_but_its_configuration(tmp_path, capsys):
     SHAPES[1].save_pretrained(tmp_path)
     train.main(["--model", str(tmp_path), "--plan"])
-    said = capsys.readouterr().out
-    assert f"actor {plan.sizes(SHAPES[1]).actor:,}, critic" in said and said.count(" GB: ") == 6
-    train.main(["--plan", "--method", "grpo", "--kl", "0", "--kl_rest", "0"])
-    assert "critic 0, heads 387, reference 0" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"actor {plan.count_sizes(SHAPES[1]).actor:,}, critic" in printed
+    assert printed.count(" GB: ") == 6
+
+
+def test_group_methods_have_no_critic(capsys):
+    train.main("--plan --method grpo --kl_coef 0 --untrained_kl_coef 0".split())
+    assert "critic 0, heads 0, reference 0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, shown",
     [
         ("--model no/such/model", "no/such/model"),
         ("--model T5", "T5Config"),
-        ("--slots 0", "--slots"),
+        ("--num_envs 0", "--num_envs"),
         ("--critic none", "none"),
-        ("--slot 3", "slots"),
+        ("--num_env 3", "num_env"),
         ("missing.yaml", "missing.yaml"),
     ],
 )
-def test_it_refuses_in_one_sentence(tmp_path, capsys, words, said):
+def test_it_refuses_in_one_sentence(tmp_path, capsys, words, shown):
     T5Config(d_model=64, num_layers=1, num_heads=2).save_pretrained(tmp_path / "T5")
     with pytest.raises(SystemExit) as exit:
         train.main([*words.replace("T5", str(tmp_path / "T5")).split(), "--plan"])
     out, err = capsys.readouterr()
-    assert (
-        exit.value.code == 2
-        and out == ""
-        and said in err
-        and err.startswith("error: ")
-        and len(err.splitlines()) == 1
-    )
+    assert exit.value.code == 2
+    assert out == ""
+    assert shown in err
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1
 
 
 def test_a_bad_model_ends_the_command_with_code_2(tmp_path):
     done = command(tmp_path, "--plan", "--model", "no/such/model")
-    assert (
-        done.returncode == 2
-        and len(done.stderr.splitlines()) == 1
-        and done.stderr.startswith("error: no model")
-    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: no model")
 
 
-# ---- configurations for accelerate ------------------------------------------------------------------------------------
+# ---- configurations for accelerate -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "name, machines, processes",
-    [("1gpu", 1, 1), ("4gpu", 1, 4), ("8gpu", 1, 8), ("2nodes", 2, 16), ("fsdp", 1, 8)],
+    "name, machines, processes, kind",
+    [
+        ("1gpu", 1, 1, "NO"),
+        ("4gpu", 1, 4, "MULTI_GPU"),
+        ("8gpu", 1, 8, "MULTI_GPU"),
+        ("2nodes", 2, 16, "MULTI_GPU"),
+        ("fsdp", 1, 8, "FSDP"),
+    ],
 )
-def test_accelerate_reads_its_configurations(name, machines, processes):
+def test_accelerate_reads_its_configurations(name, machines, processes, kind):
     read = load_config_from_file(str(ROOT / "configs" / "accelerate" / f"{name}.yaml"))
-    assert (read.num_machines, read.num_processes) == (
-        machines,
-        processes,
-    ) and read.mixed_precision == "bf16"
-    assert (
-        read.distributed_type.value
-        == ("NO" if processes == 1 else "FSDP" if name == "fsdp" else "MULTI_GPU")
-        and not read.use_cpu
-    )
-    assert (
-        bool(read.main_process_ip) == (machines > 1)
-        and bool(read.fsdp_config) == (name == "fsdp")
-        and not read.deepspeed_config
-    )
+    assert (read.num_machines, read.num_processes) == (machines, processes)
+    assert read.mixed_precision == "bf16"
+    assert read.distributed_type.value == kind
+    assert not read.use_cpu
+    assert bool(read.main_process_ip) == (machines > 1)
+    assert bool(read.fsdp_config) == (kind == "FSDP")
+    assert not read.deepspeed_config

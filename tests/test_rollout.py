@@ -1,61 +1,52 @@
-"""rollout.py: episodes that a script speaks, so that every reward, segment and prompt is known beforehand; and HF's generate, sealed."""
+"""rollout.py: episodes that a script speaks, so every reward, segment and prompt is known."""
 
-import copy
-import functools
-import random
+import dataclasses
 import re
 import sys
+import types
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import envs
 import hiper
 import rollout
-from rollout import Episode, Seat, Style, Turn, batch_of, collect, encode, generate, score
+from conftest import tiny_config
+from hiper import format_plan, format_response, plan_execute_prompt
+from rollout import AgentState, build_prompts, collect, respond
+from sample_texts import encode
+from support import env_workers
+from support.generation import tokenize_prompts
+from support.tokens import response_text
 
-PLAIN = Style(
-    history=0, brief=True, show_admissible=False, success_reward=10.0, invalid_penalty=0.1
-)
-
-
-def said(switch, subgoal, action):
-    return hiper.response(switch, subgoal, action)
-
-
-# ---- a world that a script plays: what the agent will answer is written down per task and turn --------------------------
+PLAIN = tiny_config(history=0, short_prompt=True, invalid_penalty=0.1)
 
 
-class Scripted:
-    """Task `index`: ends after len(script) turns. Action "win" wins, "lose" ends without a win, else the last turn truncates."""
+# ---- a world that a script plays: what the agent will answer is written down per task and turn --
 
-    SPLITS, IN_PROCESS = ("train",), True
-    scripts = [
-        [said(True, "a", "x")] * n + [said(False, "a", end)]
-        for n, end in ((2, "win"), (0, "win"), (5, "x"), (1, "lose"), (3, "win"))
-    ]
 
-    def __init__(self, index):
+class ScriptedEnv:
+    """Task `index` ends after len(script) turns.
+
+    Action "win" wins, "lose" ends without a win, else the last turn truncates.
+    """
+
+    def __init__(self, index, script):
         self.index = index
-
-    @classmethod
-    def size(cls, split):
-        return len(cls.scripts)
-
-    @classmethod
-    def make(cls, split, index):
-        return cls(index)
+        self.length = len(script)
 
     def reset(self, seed=None):
-        self.turn, self.won, self.done = 0, False, False
+        self.turn = 0
+        self.won = False
+        self.done = False
         return self.page(), self.info()
 
     def step(self, action):
         assert not self.done, "a finished episode is still in play"
-        self.turn, self.won = self.turn + 1, action == "win"
+        self.turn += 1
+        self.won = action == "win"
         over = self.won or action == "lose"
-        truncated = not over and self.turn == len(self.scripts[self.index])
+        truncated = not over and self.turn == self.length
         self.done = over or truncated
         return self.page(), float(self.won), over, truncated, self.info()
 
@@ -75,102 +66,116 @@ class Scripted:
         }
 
 
+SCRIPTS = [
+    [format_response(True, "a", "x")] * n + [format_response(False, "a", end)]
+    for n, end in ((2, "win"), (0, "win"), (5, "x"), (1, "lose"), (3, "win"))
+]
+
+
+def scripted_world(scripts):
+    """A module like those of worlds/."""
+    world = types.ModuleType("scripted")
+    world.SPLITS = ("train",)
+
+    def size(split):
+        return len(scripts)
+
+    def make(split, index):
+        return ScriptedEnv(index, scripts[index])
+
+    world.size = size
+    world.make = make
+    return world
+
+
 @pytest.fixture
 def play(monkeypatch, tiny_tokenizer):
-    """play(tasks, scripts=..., slots=...) -> episodes; play.batches lists what was in each batch that generated."""
-    monkeypatch.setitem(sys.modules, "scripted", Scripted)
+    """play(tasks, scripts, num_envs=...) -> episodes.
 
-    def play(tasks, scripts=None, slots=2, style=PLAIN, world="scripted", workers=0, **kwargs):
-        if scripts:
-            monkeypatch.setattr(Scripted, "scripts", scripts)
+    play.batches lists what was in each batch that generated, as (task, turn) pairs.
+    """
+
+    def generate(actor, tokenizer, prompts, **_):
+        pages = [re.findall(r"page (\d+)\.(\d+)", tokenizer.decode(p))[-1] for p in prompts]
+        play.batches.append([tuple(map(int, page)) for page in pages])
+        return [encode(tokenizer, play.scripts[i][t]) for i, t in play.batches[-1]]
+
+    def play(tasks, scripts=SCRIPTS, *, world="scripted", workers=0, **changes):
+        play.scripts = scripts
         play.batches = []
+        monkeypatch.setitem(sys.modules, "scripted", scripted_world(scripts))
+        config = dataclasses.replace(PLAIN, **{"num_envs": 2, **changes})
+        with envs.EnvPool(world, workers=workers) as pool:
+            return collect(None, tiny_tokenizer, pool, tasks, config, progress=play.finished.append)
 
-        def generate(actor, tokenizer, prompts, **_):
-            pages = [re.findall(r"page (\d+)\.(\d+)", tokenizer.decode(p))[-1] for p in prompts]
-            play.batches.append([tuple(map(int, page)) for page in pages])
-            return [
-                tokenizer(Scripted.scripts[i][t], add_special_tokens=False)["input_ids"]
-                for i, t in play.batches[-1]
-            ]
-
-        monkeypatch.setattr(rollout, "generate", generate)
-        with envs.Runner(world, workers=workers) as runner:
-            return collect(
-                None,
-                tiny_tokenizer,
-                runner,
-                tasks,
-                slots=slots,
-                temperature=1.0,
-                style=style,
-                **kwargs,
-            )
-
+    monkeypatch.setattr(rollout, "generate", generate)
+    play.finished = []
     return play
 
 
-# ---- collect ----------------------------------------------------------------------------------------------------------
+# ---- collect -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("slots", [1, 2, 3, 7, 50])
-def test_every_task_once_in_order_and_no_slot_idle(play, slots):
+@pytest.mark.parametrize("num_envs", [1, 2, 3, 7, 50])
+def test_every_task_once_in_order_and_no_slot_idle(play, num_envs):
     tasks = [2, 0, 1, 1, 4, 3, 0, 2, 1]
-    finished = []
-    episodes = play(tasks, slots=slots, progress=finished.append)
-    length = lambda i: len(Scripted.scripts[i])
+    lengths = [len(script) for script in SCRIPTS]
+    episodes = play(tasks, num_envs=num_envs)
     assert [e.index for e in episodes] == tasks
-    assert [len(e.turns) for e in episodes] == list(map(length, tasks))
-    assert sorted(map(id, finished)) == sorted(map(id, episodes))
-    queue, live, sizes, order = (
-        list(tasks),
-        [],
-        [],
-        [],
-    )  # the oracle: turns left of each episode in play
+    assert [len(e.turns) for e in episodes] == [lengths[i] for i in tasks]
+    assert sorted(map(id, play.finished)) == sorted(map(id, episodes))
+    queue = list(tasks)
+    live = []  # the oracle: [task, turns left] of each episode in play
+    sizes = []
+    order = []
     while queue or live:
-        while queue and len(live) < slots:
-            live.append([queue[0], length(queue.pop(0))])
+        while queue and len(live) < num_envs:
+            task = queue.pop(0)
+            live.append([task, lengths[task]])
         sizes.append(len(live))
         live = [[i, left - 1] for i, left in live]
         order += [i for i, left in live if not left]
         live = [pair for pair in live if pair[1]]
     assert list(map(len, play.batches)) == sizes
-    assert sorted(e.index for e in finished) == sorted(order)
+    assert sorted(e.index for e in play.finished) == sorted(order)
     turns = [page for batch in play.batches for page in batch]
-    assert sorted(turns) == sorted(
-        (i, t) for i in tasks for t in range(length(i))
-    )  # no turn doubled, none left out
+    # no turn doubled, none left out
+    assert sorted(turns) == sorted((i, t) for i in tasks for t in range(lengths[i]))
 
 
 def test_no_tasks_no_episodes(play):
-    assert play([]) == [] and play.batches == []
+    assert play([]) == []
+    assert play.batches == []
 
 
 def test_turns_hold_what_was_seen_said_and_done(play, tiny_tokenizer):
-    (episode,) = play([0], [[said(True, "a", "x"), said(False, "a", "y"), said(True, "b", "win")]])
-    assert (episode.task, episode.task_type, episode.won, episode.score) == (
-        "task 0",
-        "type 0",
-        True,
-        0.5,
-    )
-    for t, (turn, carried) in enumerate(zip(episode.turns, ("", "a", "a"))):
+    script = [
+        format_response(True, "a", "x"),
+        format_response(False, "a", "y"),
+        format_response(True, "b", "win"),
+    ]
+    [episode] = play([0], [script])
+    assert episode.task == "task 0"
+    assert episode.task_type == "type 0"
+    assert episode.success is True
+    assert episode.task_score == 0.5
+    for t, (turn, carried) in enumerate(zip(episode.turns, ("", "a", "a"), strict=True)):
         assert turn.observation == f"page 0.{t}"
-        assert tiny_tokenizer.decode(turn.prompt) == hiper.plan_execute_prompt(
-            "task 0", f"page 0.{t}", carried, brief=True
-        )
-        assert tiny_tokenizer.decode(turn.response) == Scripted.scripts[0][t]
-        assert turn.decision == hiper.parse(Scripted.scripts[0][t])
+        want = plan_execute_prompt("task 0", f"page 0.{t}", carried, short=True)
+        assert tiny_tokenizer.decode(turn.prompt) == want
+        assert tiny_tokenizer.decode(turn.response) == script[t]
+        assert turn.decision == hiper.parse(script[t])
 
 
 def test_success_pays_on_the_winning_turn_and_a_bad_format_costs(play):
-    broken_win = "<switch>maybe</switch><subgoal>a</subgoal><action>win</action>"  # the action is readable all the same
+    # the action of this one is readable all the same
+    broken_win = "<switch>maybe</switch><subgoal>a</subgoal><action>win</action>"
     episodes = play(
         [0, 1, 2],
         [
-            [said(True, "a", "x"), "nonsense", said(False, "a", "win")],
+            [format_response(True, "a", "x"), "nonsense", format_response(False, "a", "win")],
             ["", broken_win],
-            [said(True, "a", "x"), said(False, "a", "lose")],
+            [format_response(True, "a", "x"), format_response(False, "a", "lose")],
         ],
     )
     assert [[turn.reward for turn in e.turns] for e in episodes] == [
@@ -178,140 +183,186 @@ def test_success_pays_on_the_winning_turn_and_a_bad_format_costs(play):
         [-0.1, 9.9],
         [0, 0],
     ]
-    (episode,) = play(
-        [0], [["", said(True, "a", "win")]], style=Style(success_reward=3.0, invalid_penalty=0.5)
-    )
-    assert [turn.reward for turn in episode.turns] == [-0.5, 3.0]
+    [episode] = play([0], [["", format_response(True, "a", "win")]], invalid_penalty=0.5)
+    assert [turn.reward for turn in episode.turns] == [-0.5, 10.0]
 
 
 def test_segments_and_the_subgoal_in_force(play, tiny_tokenizer):
     script = [
-        said(False, "a", "x"),  # KEEP at turn 0 opens all the same
-        said(False, "another", "x"),  # KEEP keeps, whatever the block says
-        said(True, "b", "x"),
-        "<switch>SWITCH</switch><action>x</action>",  # SWITCH to nothing readable: opens, the old one stays
+        format_response(False, "a", "x"),  # KEEP at turn 0 opens all the same
+        format_response(False, "another", "x"),  # KEEP keeps, whatever the block says
+        format_response(True, "b", "x"),
+        "<switch>SWITCH</switch><action>x</action>",  # nothing readable: opens, the old one stays
         "junk",
-        said(True, "b", "win"),
-    ]  # SWITCH to the same subgoal opens
-    (episode,) = play([0], [script])
-    assert [turn.opened for turn in episode.turns] == [True, False, True, True, False, True]
-    assert [turn.subgoal for turn in episode.turns] == ["a", "a", "b", "b", "b", "b"]
-    shown = [
-        re.search(r"Subgoal: (.*)\.\n", tiny_tokenizer.decode(turn.prompt))[1]
-        for turn in episode.turns
+        format_response(True, "b", "win"),  # SWITCH to the same subgoal opens
     ]
+    [episode] = play([0], [script])
+    opens = [turn.is_segment_start for turn in episode.turns]
+    assert opens == [True, False, True, True, False, True]
+    assert [turn.subgoal for turn in episode.turns] == ["a", "a", "b", "b", "b", "b"]
+    prompts = [tiny_tokenizer.decode(turn.prompt) for turn in episode.turns]
+    shown = [re.search(r"Subgoal: (.*)\.\n", prompt)[1] for prompt in prompts]
     assert shown == ["None", "a", "a", "b", "b", "b"]  # what was in force before the turn
+    assert [turn.prev_subgoal for turn in episode.turns] == ["", "a", "a", "b", "b", "b"]
     assert [turn.decision.valid for turn in episode.turns] == [True, True, True, False, False, True]
 
 
 def test_truncated_is_not_terminated(play):
-    won, lost, cut = play(
-        [0, 1, 2], [[said(True, "a", "win")], [said(True, "a", "lose")], [said(True, "a", "x")]]
-    )
-    assert [(e.won, e.truncated) for e in (won, lost, cut)] == [
-        (True, False),
-        (False, False),
-        (False, True),
-    ]
+    ends = ("win", "lose", "x")
+    won, lost, cut = play([0, 1, 2], [[format_response(True, "a", end)] for end in ends])
+    assert (won.success, won.truncated) == (True, False)
+    assert (lost.success, lost.truncated) == (False, False)
+    assert (cut.success, cut.truncated) == (False, True)
+
+
+def state_of(config, past=()):
+    info = {"task": "the task", "task_type": "", "admissible": ["x"]}
+    state = AgentState(config, 0, "the page", info)
+    state.past.extend(past)
+    return state
+
+
+DECISION = hiper.Decision(True, "a", "x", True, "")
 
 
 def test_a_win_on_the_last_step_is_terminated():
     """A world that says both at once: the task itself ended."""
-    seat = Seat(0, "page", {"task": "", "task_type": "", "admissible": []}, PLAIN)
-    assert (
-        seat.answer([], [], hiper.Decision(True, "a", "x", True, ""), ("page", 1.0, True, True, {}))
-        and not seat.truncated
-    )
+    state = state_of(PLAIN)
+    state.record_turn([], [], DECISION, ("page", 1.0, True, True, {}))
+    assert state.ended
+    assert not state.truncated
 
 
 @pytest.mark.parametrize("end", ["win", "lose", "x"])
-def test_end_prompt_is_the_prompt_of_the_state_after_the_last_turn(play, tiny_tokenizer, end):
-    style = Style(history=1, brief=True)
-    (episode,) = play([0], [[said(True, "a", "x"), said(True, "b", end)]], style=style)
-    want = hiper.plan_execute_prompt(
-        "task 0", "page 0.2", "b", [("page 0.1", end)], ["x", "win"], brief=True
-    )
-    assert tiny_tokenizer.decode(episode.end_prompt) == want
+def test_final_prompt_is_of_the_state_after_the_last_turn(play, tiny_tokenizer, end):
+    script = [format_response(True, "a", "x"), format_response(True, "b", end)]
+    [episode] = play([0], [script], history=1, short_prompt=False)
+    want = plan_execute_prompt("task 0", "page 0.2", "b", [("page 0.1", end)], ["x", "win"])
+    assert tiny_tokenizer.decode(episode.final_prompt) == want
 
 
 def test_history_is_a_window_of_the_last_turns(play, tiny_tokenizer):
-    script = [said(True, "a", word) for word in ("x", "y", "z", "win")]
-    (episode,) = play([0], [script], style=Style(history=2, brief=True))
+    script = [format_response(True, "a", word) for word in ("x", "y", "z", "win")]
+    [episode] = play([0], [script], history=2, short_prompt=False)
     past = [[], [(0, "x")], [(0, "x"), (1, "y")], [(1, "y"), (2, "z")]]
     for t, turn in enumerate(episode.turns):
         pairs = [(f"page 0.{u}", did) for u, did in past[t]]
-        want = hiper.plan_execute_prompt(
-            "task 0", f"page 0.{t}", "a" if t else "", pairs, ["x", "win"], brief=True
-        )
+        carried = "a" if t else ""
+        want = plan_execute_prompt("task 0", f"page 0.{t}", carried, pairs, ["x", "win"])
         assert tiny_tokenizer.decode(turn.prompt) == want
-    assert not any(
-        "Earlier" in tiny_tokenizer.decode(turn.prompt) for turn in play([0], [script])[0].turns
-    )
+    [bare] = play([0], [script])
+    assert not any("Earlier" in tiny_tokenizer.decode(turn.prompt) for turn in bare.turns)
+
+
+def test_a_short_prompt_names_no_admissible_actions(play, tiny_tokenizer):
+    [episode] = play([0], [[format_response(True, "a", "win")]])
+    assert "Admissible" not in tiny_tokenizer.decode(episode.turns[0].prompt)
 
 
 def test_the_expert_s_words_win_the_household(monkeypatch, tiny_tokenizer):
     """The whole way with a real world: prompts as ids, an answer as ids, the parser, the env."""
-    with envs.Runner("household", "train", 1) as runner:
 
-        def generate(actor, tokenizer, prompts, **_):
-            answers, live = [], [env for env in runner.envs.values() if not env.done]
-            for prompt in map(tokenizer.decode, prompts):
-                env = next(env for env in live if env.task in prompt and env._page() in prompt)
-                answers.append(said(*env.expert(re.search(r"Subgoal: (.*)\.\n", prompt)[1])))
-            return tokenizer(answers, add_special_tokens=False)["input_ids"]
+    def generate(actor, tokenizer, prompts, **_):
+        live = [env for env in pool.envs.envs.values() if not env.done]
+        answers = []
+        for prompt in map(tokenizer.decode, prompts):
+            env = next(env for env in live if env.task in prompt and env._page() in prompt)
+            subgoal = re.search(r"Subgoal: (.*)\.\n", prompt)[1]
+            answers.append(format_response(*env.expert(subgoal)))
+        return encode(tokenizer, answers)
 
-        monkeypatch.setattr(rollout, "generate", generate)
-        episodes = collect(
-            None, tiny_tokenizer, runner, range(12), slots=5, temperature=1.0, style=PLAIN
-        )
-    assert all(e.won and not e.truncated and e.turns[-1].reward == 10.0 for e in episodes)
-    assert all(
-        turn.decision.valid and (turn.opened or turn.decision.subgoal == turn.subgoal)
-        for e in episodes
-        for turn in e.turns
-    )
-    assert len({e.task_type for e in episodes}) == 6
+    monkeypatch.setattr(rollout, "generate", generate)
+    config = tiny_config(num_envs=5)
+    with envs.EnvPool("household", "train", 1) as pool:
+        episodes = collect(None, tiny_tokenizer, pool, range(12), config)
+    for episode in episodes:
+        assert episode.success
+        assert not episode.truncated
+        assert episode.turns[-1].reward == 10.0
+        for turn in episode.turns:
+            assert turn.decision.valid
+            assert turn.is_segment_start or turn.decision.subgoal == turn.subgoal
+    assert len({episode.task_type for episode in episodes}) == 6
 
 
 def test_a_random_model_s_episodes_are_whole(tiny_actor, tiny_tokenizer):
-    """No script: whatever a random model writes is played to the end, and the ids are those that were sampled."""
+    """No script: what a random model writes is played to the end; the ids are those sampled."""
     torch.manual_seed(0)
-    with envs.Runner("household", "train", 1, max_steps=3) as runner:
-        episodes = collect(
-            tiny_actor,
-            tiny_tokenizer,
-            runner,
-            [3, 1, 2],
-            slots=2,
-            temperature=1.0,
-            style=Style(history=0, brief=True, max_response=8),
-        )
-    assert [e.index for e in episodes] == [3, 1, 2] and all(
-        e.truncated and len(e.turns) == 3 for e in episodes
-    )
+    config = tiny_config(num_envs=2, max_new_tokens=8)
+    with envs.EnvPool("household", "train", 1, max_steps=3) as pool:
+        episodes = collect(tiny_actor, tiny_tokenizer, pool, [3, 1, 2], config)
+    assert [e.index for e in episodes] == [3, 1, 2]
+    assert all(e.truncated and len(e.turns) == 3 for e in episodes)
     for turn in (turn for e in episodes for turn in e.turns):
         assert 1 <= len(turn.response) <= 8
-        assert turn.decision == hiper.parse(hiper.response_text(turn.response, tiny_tokenizer))
+        assert turn.decision == hiper.parse(response_text(turn.response, tiny_tokenizer))
 
 
-FRAIL = """
-import os, time
-SPLITS, IN_PROCESS = ("train",), False
-size = lambda split: 9
+def test_others_may_plan_and_act_in_the_agent_s_place(monkeypatch, tiny_tokenizer):
+    """planner writes how each response begins, executor decides what happens."""
+    seen = []
+
+    def planner(agents, prompts):
+        seen.append(("plan", list(agents), len(prompts)))
+        return [format_plan("theirs", True)] * len(prompts)
+
+    def generate(actor, tokenizer, prompts, **_):
+        return encode(tokenizer, ["<action>x</action>"] * len(prompts))
+
+    def executor(agents, prompts, decisions):
+        seen.append(("act", list(agents), [decision.action for decision in decisions]))
+        return ["win"] * len(prompts)
+
+    monkeypatch.setattr(rollout, "generate", generate)
+    monkeypatch.setitem(sys.modules, "scripted", scripted_world(SCRIPTS))
+    with envs.EnvPool("scripted") as pool:
+        episodes = collect(
+            None,
+            tiny_tokenizer,
+            pool,
+            [0, 4],
+            PLAIN,
+            planner=planner,
+            executor=executor,
+        )
+    assert seen == [("plan", [0, 1], 2), ("act", [0, 1], ["x", "x"])]
+    assert all(e.success and len(e.turns) == 1 for e in episodes)
+    assert [e.turns[0].subgoal for e in episodes] == ["theirs"] * 2
+    assert [e.turns[0].decision.action for e in episodes] == ["win"] * 2  # what happened
+
+
+# ---- environments that are lost ----------------------------------------------------------------
+
+FRAIL = '''
+import os
+import time
+
+SPLITS = ("train",)
+IN_PROCESS = False
+
+
+def size(split):
+    return 9
+
 
 def make(split, index):
     return Frail(index)
 
-class Frail:                                    # "die 1" ends its process once, "die 2" twice; so does "hang"
+
+class Frail:
+    """Action "die 1" ends its process once, "die 2" twice; so does "hang"."""
+
     def __init__(self, index):
         self.index = index
 
     def reset(self, seed=None):
-        self.turn, self.won = 0, False
+        self.turn = 0
+        self.won = False
         return self.page(), self.info()
 
     def step(self, action):
-        self.turn, self.won = self.turn + 1, action == "win"
+        self.turn += 1
+        self.won = action == "win"
         how, _, lives = action.partition(" ")
         for life in range(int(lives or 0)):
             mark = os.path.join(os.environ["MARKS"], f"{self.index}.{life}")
@@ -327,8 +378,14 @@ class Frail:                                    # "die 1" ends its process once,
         return f"page {self.index}.{self.turn}"
 
     def info(self):
-        return {"task": f"task {self.index}", "task_type": "", "admissible": [], "won": self.won, "score": float(self.won)}
-"""
+        return {
+            "task": f"task {self.index}",
+            "task_type": "",
+            "admissible": [],
+            "won": self.won,
+            "score": float(self.won),
+        }
+'''
 
 
 @pytest.fixture
@@ -342,12 +399,12 @@ def frail(tmp_path, monkeypatch):
 
 
 def walk(*actions):
-    return [said(True, "a", action) for action in actions]
+    return [format_response(True, "a", action) for action in actions]
 
 
 @pytest.mark.parametrize("action, limit", [("die 1", 120), ("hang 1", 2)])
 def test_episodes_lost_with_their_process_begin_anew(play, frail, monkeypatch, action, limit):
-    monkeypatch.setattr(envs, "LIMIT", limit)
+    monkeypatch.setattr(env_workers, "LIMIT", limit)
     scripts = [
         walk("x", "x", "x", "win"),
         walk("x", action, "win"),
@@ -355,35 +412,25 @@ def test_episodes_lost_with_their_process_begin_anew(play, frail, monkeypatch, a
         walk("x", "x", "win"),
         walk("x", "win"),
     ]
-    finished = []
     with pytest.warns(UserWarning, match="its episodes are lost"):
-        episodes = play(
-            range(5), scripts, slots=4, world=frail, workers=2, progress=finished.append
-        )
-    assert [e.index for e in episodes] == [0, 1, 2, 3, 4] and all(e.won for e in episodes)
-    assert [len(e.turns) for e in episodes] == list(
-        map(len, scripts)
-    )  # nothing of the lost ones is left
+        episodes = play(range(5), scripts, num_envs=4, world=frail, workers=2)
+    assert [e.index for e in episodes] == [0, 1, 2, 3, 4]
+    assert all(e.success for e in episodes)
+    # nothing of the lost ones is left
+    assert [len(e.turns) for e in episodes] == list(map(len, scripts))
     assert [turn.observation for turn in episodes[1].turns] == ["page 1.0", "page 1.1", "page 1.2"]
-    assert [e.lost for e in episodes] == [0, 1, 0, 1, 0]  # slots 1 and 3 shared a process
-    assert len(finished) == 5
-    assert sorted(play.batches[2]) == [
-        (0, 2),
-        (1, 0),
-        (3, 0),
-        (4, 1),
-    ]  # at once, in the freed slots
+    assert [e.restarts for e in episodes] == [0, 1, 0, 1, 0]  # slots 1 and 3 shared a process
+    assert len(play.finished) == 5
+    # at once, in the freed slots
+    assert sorted(play.batches[2]) == [(0, 2), (1, 0), (3, 0), (4, 1)]
 
 
 def test_a_task_that_ends_two_processes_is_named(play, frail):
-    scripts = [walk(*"xxxxxxxx", "win"), walk("x", "die 2", "win"), walk(*"xxxxxxxx", "win")]
-    with (
-        pytest.warns(UserWarning),
-        pytest.raises(
-            RuntimeError, match="^task 1 of frail's split 'train' failed twice: .*died .exit 3.$"
-        ),
-    ):
-        play(range(3), scripts, slots=3, world=frail, workers=1)
+    long = walk(*"xxxxxxxx", "win")
+    scripts = [long, walk("x", "die 2", "win"), long]
+    message = "^task 1 of frail's split 'train' failed twice: .*died .exit 3.$"
+    with pytest.warns(UserWarning), pytest.raises(RuntimeError, match=message):
+        play(range(3), scripts, num_envs=3, world=frail, workers=1)
 
 
 def test_the_innocent_begin_anew_as_often_as_it_takes(play, frail):
@@ -394,390 +441,175 @@ def test_the_innocent_begin_anew_as_often_as_it_takes(play, frail):
         walk("x", "x", "die 1", "win"),
     ]
     with pytest.warns(UserWarning):
-        episodes = play(range(4), scripts, slots=4, world=frail, workers=1)
-    assert all(e.won for e in episodes) and [len(e.turns) for e in episodes] == [9, 2, 3, 4]
-    assert episodes[0].lost == 3
+        episodes = play(range(4), scripts, num_envs=4, world=frail, workers=1)
+    assert all(e.success for e in episodes)
+    assert [len(e.turns) for e in episodes] == [9, 2, 3, 4]
+    assert episodes[0].restarts == 3
 
 
-# ---- prompts ----------------------------------------------------------------------------------------------------------
+class LossyPool:
+    """A pool that loses the episodes named in `losses`, a list of (step number, task)."""
+
+    def __init__(self, losses):
+        self.losses = losses
+        self.steps = 0
+        self.envs = {}
+
+    def reset(self, tasks):
+        self.envs.update(
+            {slot: ScriptedEnv(index, SCRIPTS[index]) for slot, index in tasks.items()}
+        )
+        return {slot: self.envs[slot].reset() for slot in tasks}
+
+    def step(self, actions):
+        outcomes = {}
+        for slot, action in actions.items():
+            outcomes[slot] = self.envs[slot].step(action)
+            if (self.steps, self.envs[slot].index) in self.losses:
+                outcomes[slot] = None
+        self.steps += 1
+        return outcomes
 
 
-def seat_of(style, past):
-    seat = Seat(0, "the page", {"task": "the task", "task_type": "", "admissible": ["x"]}, style)
-    seat.past.extend(past)
-    return seat
+def test_an_episode_without_an_outcome_starts_again(play, tiny_tokenizer):
+    """Its turns are forgotten, and it keeps its place among the episodes."""
+    play([])  # sets the scripts
+    pool = LossyPool([(1, 0), (2, 3), (3, 0)])
+    config = tiny_config(num_envs=2, history=0)
+    episodes = collect(None, tiny_tokenizer, pool, [0, 1, 3, 0], config)
+    assert [e.index for e in episodes] == [0, 1, 3, 0]
+    assert [e.restarts for e in episodes] == [2, 0, 1, 0]
+    assert [len(e.turns) for e in episodes] == [3, 1, 2, 3]
+    for episode in episodes:
+        pages = [turn.observation for turn in episode.turns]
+        assert pages == [f"page {episode.index}.{t}" for t in range(len(pages))]
+        assert episode.turns[0].prev_subgoal == ""
+    assert play.batches == [
+        [(0, 0), (1, 0)],
+        [(0, 1), (3, 0)],  # task 0 is lost here
+        [(3, 1), (0, 0)],  # task 3 is lost here, at its last turn
+        [(0, 1), (3, 0)],  # task 0 is lost again
+        [(3, 1), (0, 0)],
+        [(0, 1), (0, 0)],
+        [(0, 2), (0, 1)],
+        [(0, 2)],
+    ]
+
+
+# ---- imposed segments --------------------------------------------------------------------------
+
+SEGMENTS = {
+    "single": [True, False, False, False, False, False, False],
+    "every-turn": [True] * 7,
+    "fixed:1": [True] * 7,
+    "fixed:3": [True, False, False, True, False, False, True],
+    "fixed:10": [True, False, False, False, False, False, False],
+}
+
+
+@pytest.mark.parametrize("segments", SEGMENTS)
+def test_imposed_segments_are_written_for_the_agent(segments):
+    """A turn that opens begins with SWITCH; else the whole plan is written, the carried subgoal."""
+    state = state_of(tiny_config(segments=segments))
+    for t, opens in enumerate(SEGMENTS[segments]):
+        if opens:
+            assert state.forced_prefix() == "<switch>SWITCH</switch>"
+            decision = DECISION._replace(subgoal=f"goal {t}")
+            carried = f"goal {t}"
+        else:
+            assert state.forced_prefix() == format_plan(carried, switch=False)
+            decision = DECISION._replace(switch=False, subgoal=carried)
+        state.record_turn([], [], decision, ("page", 0.0, False, False, state.info))
+        assert state.turns[t].is_segment_start == opens
+        assert state.turns[t].subgoal == carried
+
+
+def test_learned_segments_write_nothing():
+    state = state_of(tiny_config(segments="learned"))
+    for _ in range(3):
+        assert state.forced_prefix() == ""
+        state.record_turn([], [], DECISION, ("page", 0.0, False, False, state.info))
+
+
+@pytest.mark.parametrize("segments", SEGMENTS)
+def test_imposed_segments_are_part_of_prompt_and_response(
+    play, monkeypatch, tiny_tokenizer, segments
+):
+    """The agent goes on from the prefix, which counts as its response."""
+
+    def generate(actor, tokenizer, prompts, **_):
+        answers = []
+        for prompt in map(tokenizer.decode, prompts):
+            opens = prompt.endswith("<switch>SWITCH</switch>")
+            assert opens or prompt.endswith("</subgoal>")
+            plan = f"<subgoal>goal {len(said)}</subgoal>" if opens else ""
+            action = "win" if len(said) == 6 else "x"
+            answers.append(f"{plan}<action>{action}</action>")
+            said.append(opens)
+        return encode(tokenizer, answers)
+
+    said = []
+    monkeypatch.setattr(rollout, "generate", generate)
+    script = walk(*"xxxxxxx")
+    [episode] = play([0], [script], segments=segments)
+    assert said == SEGMENTS[segments]
+    assert [turn.is_segment_start for turn in episode.turns] == said
+    for turn, opens in zip(episode.turns, said, strict=True):
+        assert turn.decision.valid
+        assert turn.decision.switch == opens
+        text = tiny_tokenizer.decode(turn.response)
+        plan = format_plan(turn.subgoal, opens)
+        assert text.startswith(plan)
+        assert text.endswith("</action>")
+        assert not tiny_tokenizer.decode(turn.prompt).endswith(("</switch>", "</subgoal>"))
+    assert episode.success
+
+
+def test_respond_generates_behind_each_prefix(monkeypatch, tiny_tokenizer):
+    asked = []
+
+    def generate(actor, tokenizer, prompts, **settings):
+        asked.append((prompts, settings))
+        return [[7]] * len(prompts)
+
+    monkeypatch.setattr(rollout, "generate", generate)
+    prefix = "<switch>SWITCH</switch>"
+    ids = encode(tiny_tokenizer, prefix)
+    config = tiny_config(max_new_tokens=9)
+    got = respond(None, tiny_tokenizer, [[1], [2, 3]], ["", prefix], 0.4, config)
+    assert asked == [([[1], [2, 3, *ids]], {"temperature": 0.4, "max_new_tokens": 9})]
+    assert got == [[7], [*ids, 7]]
+
+
+# ---- prompts -----------------------------------------------------------------------------------
 
 
 def test_a_prompt_too_long_loses_its_history_then_its_left_end(tiny_tokenizer):
     past = [("far far away", "x")] * 2
-    long, short = (
-        len(encode(tiny_tokenizer, [seat_of(Style(brief=True), p).prompt()])[0]) for p in (past, [])
-    )
-    for room, kept in ((long, True), (long - 1, False), (short, False)):
-        (row,) = rollout.prompts_of(
-            [seat_of(Style(brief=True, max_prompt=room), past)], tiny_tokenizer
-        )
-        assert (
-            len(row) == (long if kept else short)
-            and ("Earlier" in tiny_tokenizer.decode(row)) == kept
-        )
-    (bare,) = encode(tiny_tokenizer, [seat_of(Style(brief=True), []).prompt()])
-    (row,) = rollout.prompts_of([seat_of(Style(brief=True, max_prompt=7), past)], tiny_tokenizer)
-    assert row == bare[-7:]
-    mixed = rollout.prompts_of(
-        [
-            seat_of(Style(brief=True, max_prompt=short), []),
-            seat_of(Style(brief=True, max_prompt=short), past),
-        ],
-        tiny_tokenizer,
-    )
-    assert mixed == [bare, bare]
+    [with_past] = tokenize_prompts(tiny_tokenizer, [state_of(PLAIN, past).prompt()])
+    [bare] = tokenize_prompts(tiny_tokenizer, [state_of(PLAIN).prompt()])
+
+    def build(room, *pasts):
+        config = tiny_config(max_prompt_tokens=room)
+        return build_prompts([state_of(config, pairs) for pairs in pasts], tiny_tokenizer)
+
+    assert len(with_past) > len(bare) + 1
+    assert "Earlier" in tiny_tokenizer.decode(with_past)
+    assert build(len(with_past), past) == [with_past]
+    assert build(len(with_past) - 1, past) == [bare]
+    assert build(len(bare), past) == [bare]
+    assert build(7, past) == [bare[-7:]]
+    assert build(len(bare), [], past) == [bare, bare]
+    assert build(7) == []
 
 
-def test_a_chat_template_wraps_the_prompt(tiny_tokenizer, monkeypatch):
-    text = "Task: <b> {{ x }}.\n"
-    (plain,) = encode(tiny_tokenizer, [text])
-    assert tiny_tokenizer.decode(plain) == text
-    monkeypatch.setattr(
-        tiny_tokenizer,
-        "chat_template",
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}",
-    )
-    (chat,) = encode(tiny_tokenizer, [text])
-    assert tiny_tokenizer.decode(chat) == f"[user]{text}[end][assistant]"
-    assert encode(tiny_tokenizer, [text], max_prompt=4) == [chat[-4:]]
+# ---- agents ------------------------------------------------------------------------------------
 
 
-# ---- batches ----------------------------------------------------------------------------------------------------------
-
-
-def test_batch_says_what_the_episodes_say(play, tiny_tokenizer):
-    scripts = [
-        [said(True, "a", "x"), said(False, "a", "x"), said(True, "b", "win")],
-        [said(False, "a", "x")],
-        ["junk", said(False, "a", "lose")],
-    ]
-    episodes = play([0, 1, 2, 1], scripts, slots=3)
-    batch = batch_of(episodes, tiny_tokenizer)
-    assert list(zip(batch.row.tolist(), batch.col.tolist())) == [
-        (b, t) for b, e in enumerate(episodes) for t in range(len(e.turns))
-    ]
-    assert (
-        batch.mask.shape == (4, 3)
-        and batch.mask.dtype == batch.switch.dtype == batch.truncated.dtype == torch.bool
-    )
-    for b, e in enumerate(episodes):
-        n = len(e.turns)
-        assert batch.mask[b].tolist() == [True] * n + [False] * (3 - n)
-        assert batch.rewards[b].tolist() == pytest.approx(
-            [turn.reward for turn in e.turns] + [0.0] * (3 - n)
-        )
-        assert batch.switch[b].tolist() == [turn.opened for turn in e.turns] + [False] * (3 - n)
-        assert batch.ends.prompts[b] == e.end_prompt
-        assert tiny_tokenizer.decode(batch.ends.responses[b]) == hiper.keep_block(
-            e.turns[-1].subgoal
-        )
-    assert batch.truncated.tolist() == [False, True, False, True]
-    turns = [turn for e in episodes for turn in e.turns]
-    assert batch.samples.prompts == [turn.prompt for turn in turns] and batch.samples.responses == [
-        turn.response for turn in turns
-    ]
-    assert batch.samples.lengths.tolist() == [len(turn.response) for turn in turns]
-    x = torch.arange(1.0, len(turns) + 1)
-    assert torch.equal(batch.flat(batch.grid(x)), x) and not batch.grid(x)[~batch.mask].any()
-    assert batch.grid(x)[2].tolist() == [5, 6, 0]
-    cut = torch.randn(4, 3, requires_grad=True)  # and the ways there and back carry gradients
-    batch.flat(cut).sum().backward()
-    assert torch.equal(cut.grad, batch.mask.float())
-
-
-def test_ends_are_valued_after_the_prompt_and_after_the_kept_subgoal(
-    play, tiny_policy, tiny_tokenizer
-):
-    episodes = play([0, 1], [[said(True, "find a mug", "x"), said(False, "", "x")], ["junk"]])
-    batch = batch_of(episodes, tiny_tokenizer)
-    assert tiny_tokenizer.decode(batch.ends.responses[1]) == hiper.keep_block(
-        "None"
-    )  # never had a subgoal
-    got = score(tiny_policy, batch.ends, parts=("values",))
-    for b, e in enumerate(episodes):
-        keep = tiny_tokenizer(hiper.keep_block(e.turns[-1].subgoal), add_special_tokens=False)[
-            "input_ids"
-        ]
-        with torch.no_grad():
-            values = tiny_policy.heads(
-                tiny_policy.critic(input_ids=torch.tensor([e.end_prompt + keep])).last_hidden_state[
-                    0
-                ]
-            )
-        assert got.v_high[b].item() == pytest.approx(
-            values[len(e.end_prompt) - 1, 0].item(), abs=1e-5
-        )
-        assert got.v_switch[b].item() == pytest.approx(
-            values[len(e.end_prompt) - 1, 2].item(), abs=1e-5
-        )
-        assert got.v_low[b].item() == pytest.approx(values[-1, 1].item(), abs=1e-5)  # at </subgoal>
-        assert values[:, 1].unique().numel() > 3
-
-
-def test_an_end_token_that_is_also_the_pad_is_kept_and_trained(tiny_tokenizer):
-    end = tiny_tokenizer.eos_token_id
-    assert end == tiny_tokenizer.pad_token_id
-    words = tiny_tokenizer("no action at all", add_special_tokens=False)["input_ids"]
-    turns = [
-        Turn([5], answer, hiper.parse(""), True, "", "", 0.0)
-        for answer in (words + [end], [end], words)
-    ]
-    batch = batch_of([Episode(0, "", "", turns, False, 0.0, False, [5])], tiny_tokenizer)
-    assert batch.samples.lengths.tolist() == [len(words) + 1, 1, len(words)]
-    assert batch.samples.masks.action.sum(1).tolist() == [len(words) + 1, 1, len(words)]
-
-
-# ---- generate ---------------------------------------------------------------------------------------------------------
-
-
-def speaks(actor, rows, ends=None):
-    """Make the model say `rows` (id lists) whatever it is asked. ends: where each row ought to leave the batch; that it did is checked."""
-    forward, step = actor.forward, iter(range(10**6))
-    ends = ends or [10**6] * len(rows)
-
-    @functools.wraps(forward)
-    def scripted(*args, **kwargs):
-        out, k = forward(*args, **kwargs), next(step)
-        live = [row for row, end in zip(rows, ends) if k < end]
-        assert len(out.logits) == len(live)
-        for n, row in enumerate(live):
-            out.logits[n, -1] = -1e9
-            out.logits[n, -1, row[k]] = 0.0
-        return out
-
-    actor.forward = scripted
-    return actor
-
-
-PROMPTS = [[7, 8, 9], [4] * 12, [1]]
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_each_row_stops_at_its_own_action_or_end_token_and_keeps_it(
-    tiny_actor, tiny_tokenizer, temperature
-):
-    end, ids = (
-        tiny_tokenizer.eos_token_id,
-        lambda text: tiny_tokenizer(text, add_special_tokens=False)["input_ids"],
-    )
-    rows = [ids(said(True, "a", "x")), ids("<action>") + [end], ids("<action>ab</action>")]
-    assert len({*map(len, rows)}) == 3
-    actor = speaks(tiny_actor, [row + ids("more") for row in rows], list(map(len, rows)))
-    assert (
-        generate(actor, tiny_tokenizer, PROMPTS, temperature=temperature, max_response=60) == rows
-    )
-
-
-def test_a_response_is_cut_at_its_longest(tiny_actor, tiny_tokenizer):
-    assert (
-        generate(
-            speaks(tiny_actor, [[7] * 9] * 3),
-            tiny_tokenizer,
-            PROMPTS,
-            temperature=1.0,
-            max_response=5,
-        )
-        == [[7] * 5] * 3
-    )
-
-
-def test_a_closing_tag_in_the_prompt_stops_nothing(tiny_actor, tiny_tokenizer):
-    prompt = tiny_tokenizer("<action>x</action>", add_special_tokens=False)["input_ids"]
-    assert generate(
-        speaks(tiny_actor, [[7] * 9]), tiny_tokenizer, [prompt], temperature=0, max_response=4
-    ) == [[7] * 4]
-
-
-def test_the_pad_id_is_an_end_of_its_own(tiny_actor, tiny_tokenizer):
-    """Where pad and end differ (Qwen2.5: <|endoftext|>, <|im_end|>), the model may stop with either, and either stays."""
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(3)
-    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
-    assert pad == 3 != end
-    got = generate(
-        speaks(tiny_actor, [[7, pad], [7, 7, end], [end]], [2, 3, 1]),
-        tokenizer,
-        PROMPTS,
-        temperature=0,
-        max_response=9,
-    )
-    assert got == [[7, pad], [7, 7, end], [end]]
-
-
-def test_greedy_is_deterministic_and_left_padding_changes_nothing(tiny_actor, tiny_tokenizer):
-    rng = random.Random(0)
-    prompts = [[rng.randrange(5, 200) for _ in range(n)] for n in (3, 40, 11)]
-    once = generate(tiny_actor, tiny_tokenizer, prompts, temperature=0, max_response=12)
-    torch.manual_seed(5)
-    assert generate(tiny_actor, tiny_tokenizer, prompts, temperature=0, max_response=12) == once
-    assert [
-        generate(tiny_actor, tiny_tokenizer, [p], temperature=0, max_response=12)[0]
-        for p in prompts
-    ] == once
-    hot = [
-        generate(tiny_actor, tiny_tokenizer, prompts, temperature=1.0, max_response=12)
-        for _ in range(2)
-    ]
-    assert hot[0] != hot[1] != once
-
-
-@pytest.mark.parametrize(
-    "kind", ["qwen2", "qwen3", "llama", "mistral", "gemma2", "phi3", "qwen3_moe", "gpt2", "bloom"]
-)
-def test_rows_leave_any_model_s_batch_and_cache_without_a_trace(kind, tiny_tokenizer):
-    """Greedy, against HF's own loop, rows of all lengths; the end token is one that the model happens to say early in one row."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(
-            kind,
-            vocab_size=300,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            **{"sliding_window": 6} if kind in ("mistral", "gemma2", "phi3") else {},
-            num_experts=4,
-            moe_intermediate_size=16,
-            num_experts_per_tok=2,
-            initializer_range=0.5,
-            pad_token_id=1,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    ).eval()
-    model.generation_config = GenerationConfig(pad_token_id=1)
-    prompts = [[random.Random(n).randrange(3, 300) for _ in range(5 + 3 * n)] for n in range(6)]
-    want = [
-        model.generate(torch.tensor([p]), max_new_tokens=12, do_sample=False, eos_token_id=None)[
-            0, len(p) :
-        ].tolist()
-        for p in prompts
-    ]
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    end = next(
-        i for i in want[2] if 2 < i < len(tokenizer) and sum(i in row for row in want) < len(want)
-    )
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
-    want = [row[: row.index(end) + 1] if end in row else row for row in want]
-    assert len({*map(len, want)}) > 1
-    assert generate(model, tokenizer, prompts, temperature=0, max_response=12) == want
-
-
-def test_sampling_follows_the_temperature(tiny_actor, tiny_tokenizer):
-    """Frequencies of the first token against softmax(logits / temperature) of the model itself: nothing is cut off."""
-    n, prompt = 3000, [7, 8, 9]
-    with torch.no_grad():
-        logits = tiny_actor(input_ids=torch.tensor([prompt])).logits[0, -1]
-    for temperature in (1.0, 0.4):
-        p = (logits / temperature).softmax(-1)
-        torch.manual_seed(0)
-        first = torch.tensor(
-            [
-                row[0]
-                for row in generate(
-                    tiny_actor,
-                    tiny_tokenizer,
-                    [prompt] * n,
-                    temperature=temperature,
-                    max_response=1,
-                )
-            ]
-        )
-        seen = torch.bincount(first, minlength=len(p)) / n
-        best = p.argsort(descending=True)
-        for top in (best[:50], best[:200]):  # top_k=50, the default of HF, would make the first 1
-            assert seen[top].sum().item() == pytest.approx(p[top].sum().item(), abs=0.04)
-
-
-def test_the_checkpoint_s_own_generation_config_stays_out(tiny_actor, tiny_tokenizer):
-    """Qwen2.5 ships top_k 20, top_p 0.8, temperature 0.7, repetition_penalty 1.05; others ship worse. None may bend pi."""
-    greedy = generate(tiny_actor, tiny_tokenizer, PROMPTS, temperature=0, max_response=10)
-    own = GenerationConfig(
-        do_sample=True,
-        top_k=50,
-        top_p=0.5,
-        temperature=0.1,
-        repetition_penalty=1.3,
-        min_new_tokens=7,
-        min_p=0.3,
-        no_repeat_ngram_size=2,
-        typical_p=0.5,
-        suppress_tokens=[greedy[0][0]],
-        bad_words_ids=[[greedy[1][0]]],
-        num_beams=4,
-        num_return_sequences=2,
-        use_cache=False,
-        epsilon_cutoff=1e-2,
-        exponential_decay_length_penalty=(2, 1.5),
-        bos_token_id=5,
-        eos_token_id=9,
-    )
-    tiny_actor.generation_config = own
-    before = own.to_dict()
-    assert generate(tiny_actor, tiny_tokenizer, PROMPTS, temperature=0, max_response=10) == greedy
-    said = []
-    for config in (own, GenerationConfig()):
-        tiny_actor.generation_config = config
-        torch.manual_seed(0)
-        said.append(generate(tiny_actor, tiny_tokenizer, PROMPTS, temperature=0.4, max_response=10))
-    assert said[0] == said[1]
-    tiny_actor.generation_config = own
-    with pytest.raises(TypeError):
-        generate(tiny_actor, tiny_tokenizer, PROMPTS, temperature="hot", max_response=10)
-    assert (
-        tiny_actor.generation_config is own and own.to_dict() == before
-    )  # it is saved with the model, unchanged
-
-
-@pytest.mark.parametrize("n, size", [(1, 1), (5, 7), (4, 2000)])
-def test_a_draw_follows_its_probabilities(n, size):
-    p = torch.rand(n, size).pow(4)
-    p[:, size // 2] = 0.0 if size > 1 else 1.0  # what cannot be is never drawn
-    p /= p.sum(1, keepdim=True)
-    torch.manual_seed(0)
-    times = 20000
-    seen = torch.stack(
-        [
-            torch.bincount(row, minlength=size)
-            for row in rollout.draw(p.repeat_interleave(times, 0)).view(n, times)
-        ]
-    )  # [n, V]
-    assert not seen[p == 0].any()
-    off = (seen - times * p)[p > 0] / (times * p * (1 - p)).sqrt()[p > 0].clamp(min=1.0)
-    assert off.abs().max() < 5.5  # in standard deviations
-
-
-def test_a_draw_at_the_edges_stays_in_the_vocabulary(monkeypatch):
-    p = torch.tensor([[0.0, 0.25, 0.0, 0.75], [1.0, 0.0, 0.0, 0.0]])
-    for u, want in ((0.0, [1, 0]), (0.25, [3, 0]), (1 - 2**-53, [3, 0])):
-        monkeypatch.setattr(
-            torch, "rand", lambda *size, u=u, **kw: torch.full(size, u, dtype=kw["dtype"])
-        )
-        assert rollout.draw(p)[:, 0].tolist() == want
-    monkeypatch.setattr(torch, "rand", lambda *size, **kw: torch.ones(size, dtype=kw["dtype"]))
-    assert rollout.draw(p).max() == 3  # an index all the same
-
-
-def test_generate_leaves_no_gradient(tiny_actor, tiny_tokenizer):
-    generate(tiny_actor, tiny_tokenizer, PROMPTS, temperature=1.0, max_response=2)
-    assert all(p.grad is None and p.requires_grad for p in tiny_actor.parameters())
-
-
-def test_seats_do_not_share_what_they_carry():
-    a, b = (seat_of(Style(), []) for _ in range(2))
-    a.answer([], [], hiper.Decision(True, "a", "x", True, ""), ("page", 0.0, False, False, a.info))
-    assert (a.subgoal, len(a.past), len(a.turns)) == ("a", 1, 1) and (
-        b.subgoal,
-        len(b.past),
-        len(b.turns),
-    ) == ("", 0, 0)
-    assert Style.__dataclass_params__.frozen and a.ended is False
+def test_agents_do_not_share_what_they_carry():
+    a = state_of(tiny_config(history=2))
+    b = state_of(tiny_config(history=2))
+    a.record_turn([], [], DECISION, ("page", 0.0, False, False, a.info))
+    assert (a.subgoal, len(a.past), len(a.turns)) == ("a", 1, 1)
+    assert (b.subgoal, len(b.past), len(b.turns)) == ("", 0, 0)
+    assert a.ended is False

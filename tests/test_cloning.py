@@ -1,0 +1,258 @@
+"""support/cloning.py: what the demonstrator shows, the tokenizer, and how the expert is cloned."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+import envs
+import hiper
+from conftest import tiny_config
+from support import cloning
+from support.cloning import clone, demonstrated_tasks, demonstrations, tiny_model, train_tokenizer
+from support.generation import tokenize_prompts
+from worlds import household
+
+CONFIG = tiny_config()
+WITHOUT_EXPERT = """\
+from worlds.household import SPLITS, size, Household
+
+
+class NoExpert:
+    def __init__(self, *arguments):
+        env = Household(*arguments)
+        self.reset, self.step, self.close = env.reset, env.step, env.close
+
+
+def make(split="train", index=0):
+    return NoExpert(split, index, 18)
+"""
+
+
+def demonstrate(tasks=range(12), **noise):
+    with envs.EnvPool("household", "train", workers=1) as pool:
+        return demonstrations(pool, list(tasks), CONFIG, **noise)
+
+
+def shares_that_follow(examples):
+    """Shares of the turns whose (subgoal is the plan's, action is the subgoal's).
+
+    Plays what was shown, from the first task on.
+    """
+    followed = []
+    rest = iter(examples)
+    for index in range(12):
+        env = household.make("train", index)
+        env.reset()
+        subgoal = ""
+        while not env.done:
+            _, response, _ = next(rest)
+            decision = hiper.parse(response)
+            _, wanted, _ = env.expert(subgoal)
+            subgoal = decision.subgoal
+            followed.append((subgoal == wanted, decision.action == env.expert(subgoal)[2]))
+            env.step(decision.action)
+    assert next(rest, None) is None
+    return [sum(column) / len(followed) for column in zip(*followed, strict=True)]
+
+
+# ---- demonstrations ----------------------------------------------------------------------------
+
+
+def test_without_noise_the_expert_wins_and_counts_down_to_it():
+    examples = demonstrate()
+    assert shares_that_follow(examples) == [1.0, 1.0]
+    left = [turns_left for *_, turns_left in examples]
+    assert left.count(0) == 12
+    pairs = zip(left, left[1:], strict=False)
+    assert all(now == after + 1 or now == 0 for now, after in pairs)
+
+
+def test_noise_in_planning_leaves_the_actions():
+    plan, act = shares_that_follow(demonstrate(random_subgoals=0.8))
+    assert plan < 0.95
+    assert act == 1.0
+
+
+def test_noise_in_acting_is_not_shown():
+    examples = demonstrate(action_noise=0.5)
+    assert len(examples) > len(demonstrate())  # it costs turns,
+    for prompt, response, _ in examples:  # and what is shown is what the page calls for
+        assert hiper.parse(response).valid
+        here = prompt.split("At ")[1].split(":")[0].split(" closed")[0]
+        assert hiper.parse(response).action != f"go to {here}"
+
+
+def test_an_episode_that_only_errs_has_no_return_to_learn_from():
+    lefts = {turns_left for *_, turns_left in demonstrate(action_noise=1.0)}
+    assert None in lefts
+
+
+def test_wrong_actions_mostly_change_nothing_and_are_not_shown():
+    examples = demonstrate(wrong_actions=0.5)
+    plain = demonstrate()
+    assert len(examples) > 1.3 * len(plain)
+    assert all(hiper.parse(response).valid for _, response, _ in examples)
+    assert sum("Nothing happens" in prompt for prompt, *_ in examples) > 5
+    assert not any("Nothing happens" in prompt for prompt, *_ in plain)
+
+
+def test_a_worker_lost_while_the_expert_is_asked_again(monkeypatch):
+    """The second question, for a random subgoal, finds the process gone: the first one stands."""
+    ask = envs.EnvPool.expert
+    asked = []
+
+    def lossy(self, subgoals):
+        asked.append(subgoals)
+        return dict.fromkeys(subgoals) if len(asked) % 2 == 0 else ask(self, subgoals)
+
+    monkeypatch.setattr(envs.EnvPool, "expert", lossy)
+    assert shares_that_follow(demonstrate(random_subgoals=1.0)) == [1.0, 1.0]
+
+
+def test_a_worker_lost_in_a_step_ends_that_demonstration(monkeypatch):
+    step = envs.EnvPool.step
+
+    def lossy(self, actions):
+        return {**step(self, actions), 1: None} if 1 in actions else step(self, actions)
+
+    plain = demonstrate(range(3))
+    monkeypatch.setattr(envs.EnvPool, "step", lossy)
+    got = demonstrate(range(3))
+    lost = [example for example in got if example not in plain]
+    assert [turns_left for *_, turns_left in lost] == [None]  # one turn was shown
+    assert len(got) < len(plain)
+
+
+def test_disguises_come_after_what_they_disguise(monkeypatch):
+    """As often as asked."""
+    plain = demonstrate(range(2))
+
+    def disguise(episodes, rng):
+        return [[("x" + prompt, *rest) for prompt, *rest in turns] for turns in episodes]
+
+    monkeypatch.setattr(household, "disguise", disguise, raising=False)
+    disguised = [("x" + prompt, *rest) for prompt, *rest in plain]
+    assert demonstrate(range(2), disguises=2) == plain + 2 * disguised
+
+
+def test_a_world_without_disguises_says_so():
+    with pytest.raises(RuntimeError, match="has no `disguise`"):
+        demonstrate(range(2), disguises=1)
+
+
+def test_a_world_without_an_expert_says_so(tmp_path, monkeypatch):
+    (tmp_path / "testing_no_expert.py").write_text(WITHOUT_EXPERT)
+    monkeypatch.syspath_prepend(tmp_path)
+    with envs.EnvPool("testing_no_expert") as pool:
+        with pytest.raises(RuntimeError, match="has no expert to clone: give --model"):
+            demonstrations(pool, [0], CONFIG)
+
+
+def test_demonstrated_tasks():
+    assert demonstrated_tasks(10, 4, 0) == [0, 1, 2, 3]
+    assert demonstrated_tasks(3, 4, 0) == [0, 1, 2]
+    assert demonstrated_tasks(100, 6, 3) == [0, 0, 33, 33, 66, 66]
+    assert demonstrated_tasks(2, 4, 3) == [0, 0, 1, 1]
+
+
+# ---- tokenizer ---------------------------------------------------------------------------------
+
+TEXTS = [
+    "go to drawer 1, take mug 2",
+    "[SEP] B09S3BN15C [SEP] Shirt",
+    "click[B09S3BN15C]",
+    "size [SEP] x-large [SEP] xx-large",
+    "click[x-large]",
+    "click[large]",
+]
+
+
+def test_names_are_one_token():
+    tokenizer = train_tokenizer(TEXTS * 3)
+    for text in (" drawer 1", " mug 2", "B09S3BN15C"):
+        assert len(tokenizer(text)["input_ids"]) == 1
+    assert tokenizer("B09S3BN15C")["input_ids"][0] in tokenizer("click[B09S3BN15C]")["input_ids"]
+
+
+def test_options_are_one_token_where_they_stand_alone():
+    tokenizer = train_tokenizer(TEXTS * 3)
+
+    def pieces(text):
+        return tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
+
+    assert "x-large" in pieces("with size: x-large, and")
+    assert "x-large" in pieces("<action>click[x-large]</action>")
+    assert "x-large" not in pieces("xx-large")
+    assert "large" in pieces("[SEP] large [SEP]")
+
+
+# ---- cloning -----------------------------------------------------------------------------------
+
+
+def new_policy(tokenizer):
+    torch.manual_seed(0)
+    return hiper.ActorCritic(tiny_model(tokenizer, "sdpa"), "shared")
+
+
+@pytest.mark.parametrize("tokens", [150, 10**6])
+def test_cloning_does_not_depend_on_the_micro_batches(tiny_tokenizer, monkeypatch, tokens):
+    monkeypatch.setattr(cloning, "EPOCHS", 1)
+    monkeypatch.setattr(cloning, "BATCH", 8)
+    monkeypatch.setattr(cloning, "LEARNING_RATE", 1e-3)
+    examples = demonstrate(range(3))[:16]
+    policy = new_policy(tiny_tokenizer)
+    reference = copy.deepcopy(policy)
+    config = tiny_config(gamma=0.9, micro_batch_tokens=tokens)
+    loss = clone(policy, tiny_tokenizer, examples, config)
+    config = dataclasses.replace(config, micro_batch_tokens=400)
+    expected = clone(reference, tiny_tokenizer, examples, config)
+    assert loss == pytest.approx(expected, rel=1e-4)
+    pairs = zip(policy.named_parameters(), reference.parameters(), strict=True)
+    for (name, mine), theirs in pairs:
+        assert torch.allclose(mine, theirs, atol=2e-4), name
+
+
+def test_cloning_s_first_step_is_that_of_its_loss(tiny_tokenizer, monkeypatch):
+    """Mean nats of the responses' tokens, by the model's own logits; norm before clipping."""
+    monkeypatch.setattr(cloning, "EPOCHS", 1)
+    monkeypatch.setattr(cloning, "BATCH", 6)
+    monkeypatch.setattr(cloning, "VALUE_WEIGHT", 0.0)
+    clip = torch.nn.utils.clip_grad_norm_
+    norms = []
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda *arguments: norms.append(clip(*arguments))
+    )
+    examples = demonstrate(range(2))[:6]
+    policy = new_policy(tiny_tokenizer)
+    start = copy.deepcopy(policy)
+    clone(policy, tiny_tokenizer, examples, tiny_config(gamma=0.9))
+    logprobs = []
+    for prompt, response, _ in examples:
+        prompt_ids = tiny_tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        response_ids = tiny_tokenizer(response, add_special_tokens=False)["input_ids"]
+        ids = torch.tensor(prompt_ids + response_ids)
+        every = start.actor(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+        chosen = every[torch.arange(len(ids) - 1), ids[1:]]
+        logprobs.append(chosen[len(prompt_ids) - 1 :])
+    (-torch.cat(logprobs).mean()).backward()
+    gradients = [p.grad.flatten() for p in start.parameters() if p.grad is not None]
+    assert norms[0].item() == pytest.approx(torch.cat(gradients).norm().item(), rel=1e-4)
+
+
+def test_cloning_cuts_long_prompts_as_playing_does(tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(cloning, "EPOCHS", 1)
+    make_samples = cloning.make_samples
+    seen = []
+
+    def recorded(prompts, *rest):
+        seen.append(prompts)
+        return make_samples(prompts, *rest)
+
+    monkeypatch.setattr(cloning, "make_samples", recorded)
+    examples = demonstrate(range(2))[:8]
+    clone(new_policy(tiny_tokenizer), tiny_tokenizer, examples, tiny_config(max_prompt_tokens=20))
+    expected = tokenize_prompts(tiny_tokenizer, [prompt for prompt, *_ in examples], 20)
+    assert seen == [expected]
+    assert max(map(len, expected)) == 20

@@ -1,0 +1,132 @@
+"""What README.md and docs/ say is so: files, flags, code lines, tests, and the example world."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import envs
+from config import FIELDS, check
+from support.arguments import read_config
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+TESTS = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+OTHER_FLAGS = {  # of eval.py, benchmarks, accelerate and pip
+    *("split", "greedy", "json", "temperature", "planner", "executor", "run", "quick", "mixed"),
+    *("plan", "help", "measured", "config_file", "num_processes", "multi_gpu", "machine_rank"),
+    *("main_process_ip", "use_fsdp", "fsdp_version", "cpu", "no", "nproc_per_node"),
+}
+
+
+def commands(program):
+    """The arguments of every `python PROGRAM ...` and `accelerate launch ... PROGRAM ...` line."""
+    pattern = rf"^    (?:[^\n#]*(?:python|launch)[^\n#]*) {re.escape(program)}([^\n#]*)"
+    return [
+        match.split()
+        for page in PAGES.values()
+        for match in re.findall(pattern, page, re.MULTILINE)
+    ]
+
+
+def test_the_readme_is_a_front_door():
+    assert len(README.split()) <= 1000
+    assert (ROOT / "docs" / "method.svg").is_file()
+
+
+def test_the_example_world_is_played_to_the_end_by_its_expert(tmp_path, monkeypatch):
+    [code] = re.findall(r"```python\n(.*?)```", PAGES["custom_world.md"], re.DOTALL)
+    (tmp_path / "documented_corridor.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with envs.EnvPool("documented_corridor", "unseen") as pool:
+        for index in range(envs.size("documented_corridor", "unseen")):
+            pool.reset({0: index})
+            subgoal = ""
+            ended = False
+            while not ended:
+                _, subgoal, action = pool.expert({0: subgoal})[0]
+                _, reward, ended, truncated, info = pool.step({0: action})[0]
+            assert info["won"]
+            assert reward == 1.0
+            assert not truncated
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_every_file_named_is_there(page):
+    named = re.findall(r"`((?:[\w-]+/)*[\w.-]+\.(?:py|txt|yaml|svg|jsonl))`", PAGES[page])
+    named += re.findall(r"\]\(([^)#:]+)\)", PAGES[page])
+    for name in set(named) - {"corridor.py", "corridor.yaml", "metrics.jsonl", "evals.jsonl"}:
+        places = [ROOT / name, ROOT / "docs" / name, ROOT / "configs" / name]
+        folders = ("configs/accelerate", "tests", "benchmarks")
+        places += [ROOT / folder / name for folder in folders]
+        assert any(place.exists() for place in places), name
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_configuration_can_be_read_and_meant(path):
+    config = read_config([str(path), "--seed", "3"])
+    check(config)
+    assert config.seed == 3
+    assert bool(config.model) == ("1.5b" in path.stem)
+
+
+@pytest.mark.parametrize("words", commands("train.py"), ids=" ".join)
+def test_every_training_command_can_be_read_and_meant(words):
+    check(read_config([word for word in words if word != "--plan"]))
+
+
+def test_a_world_brings_its_own_settings():
+    """Without a file configs/tiny-ENV.yaml holds, with a model configs/ENV-1.5b.yaml."""
+    tiny = read_config(["--env=alfworld", "--episodes", "5"])
+    assert tiny.max_new_tokens == 40
+    assert tiny.episodes == 5
+    assert tiny.short_prompt
+    paper = read_config(["--env", "webshop", "--model", "x"])
+    assert paper.iterations == 150
+    assert paper.model == "x"
+    assert not paper.bootstrap
+    assert not paper.short_prompt
+    own_world = read_config(["--env", "corridor", "--model", "x"])
+    assert own_world.lr == 1e-6
+    assert own_world.history == 2
+    assert read_config(["--env", "household"]) == read_config([])
+
+
+def equation_rows():
+    row = r"^\| [^|]+ \| ((?:`[\w.]+`(?:, )?)+) \| `(.+?)` \| `(test_\w+)` \|$"
+    return re.findall(row, README, re.MULTILINE)
+
+
+def test_the_equation_table_names_lines_and_tests_that_are_there():
+    assert len(equation_rows()) >= 14
+    for functions, line, test in equation_rows():
+        for module, name in re.findall(r"`([\w.]+)\.(\w+)`", functions):
+            source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+            assert f"def {name}(" in source, name
+            assert line in source, line
+        assert f"def {test}(" in TESTS, test
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_every_test_and_flag_named_is_there(page):
+    for name in re.findall(r"`(test_\w+)`", PAGES[page]):
+        assert f"def {name}(" in TESTS, name
+    for flag in re.findall(r"(?<![\w-])--([a-z][a-z_]*)", PAGES[page]):
+        assert flag in {*FIELDS, *OTHER_FLAGS}, flag
+
+
+def test_the_worked_example_is_what_hae_prints():
+    [table] = re.findall(r"```text\n(turn  segment.*?)```", PAGES["theory.md"], re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "hae.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == table
+
+
+def test_nothing_is_left_to_fill_in():
+    for name, page in PAGES.items():
+        assert "TODO" not in page, name

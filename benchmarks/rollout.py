@@ -1,252 +1,186 @@
-"""How fast are rollouts? `python benchmarks/rollout.py`, about two minutes on two CPU cores.
+"""How fast are rollouts? `python benchmarks/rollout.py`, a few minutes on two CPU cores.
 
-`rollout.collect` on 256 household episodes of mixed length in 128 slots, against the same episodes played in lockstep, as it is commonly
-written: a fixed batch of 128 tasks; every slot generates in every turn until the last episode of the batch has ended, and what
-finished slots say is thrown away; HF `generate` runs to the end token or to max_new_tokens. Same model, prompts, tasks, sampling
-and limits.
-    lockstep, own    the same, but with our `rollout.generate`, whose rows leave at their `</action>`: what remains is the waste of the
-                     batch alone
-The step limit of task i lies between 3 and 50, evenly. The tiny model is cloned for a few seconds first (`--demos 0`: left random), so that
-its answers have the length that answers have. It was never taught to write an end token after `</action>`; a chat model was, mostly, and
-then our `generate` is worth less: see the line in between. Only turns of running episodes, and tokens up to `</action>`, are counted.
+`rollout.collect` plays household episodes of mixed length (step limits from 3 to 50, evenly).
+The reference plays the same episodes in lockstep, as it is commonly written: a fixed batch of
+tasks; every row generates until the last episode of the batch has ended, and what ended episodes
+say is thrown away; HF `generate` runs to an end token or to max_new_tokens. In between stands
 
-Then one step of decoding against its roofline: the bytes of weights and KV cache that it has to read, at the copy bandwidth measured
-here on 64 MiB. `--model NAME` does this part for another shape (plan.SHAPES, or a folder with a config.json; random weights), on
-a GPU where there is one. A tiny model's 2 MB stay in the processor's cache, so its bound is loose: what it pays is Python and kernel
-launches.
+    lockstep, stop    lockstep with our `generate`, which ends a row at its `</action>`
+
+Same model, tasks, prompts, sampling and limits. The three take turns, round after round, so that
+a slow moment of the machine meets all of them. Counted are turns of running episodes. The tiny
+model is cloned first, so that its responses are as long as real ones. It was never taught to write
+an end token after `</action>`; a chat model was, mostly, and gains less from stopping there.
 """
 
 import argparse
 import os
 import sys
 import time
-from contextlib import nullcontext
+from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-sys.path[0] = str(
-    Path(__file__).resolve().parent.parent
-)  # this file bears the name of a module there
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
+from transformers.utils import logging
 
 import envs
 import hiper
+from rollout import AgentState, build_prompts, collect
+from support.arguments import read_config
+from support.cloning import clone, demonstrations, tiny_model, train_tokenizer
+from support.generation import generate
+from support.tokens import response_text
 from worlds import household
-from support import plan
-import rollout
-from support import cloning as scratch
-from benchmarks.update import seconds
-from config import Config
-
-MIXED = SimpleNamespace(
-    SPLITS=household.SPLITS,
-    IN_PROCESS=True,
-    size=household.size,
-    make=lambda split, index: household.make(split, index, 3 + index * 29 % 48),
-)  # 3 to 50 turns, evenly
-sys.modules["mixed_household"] = MIXED
 
 
-# ---- the reference ----
+def make_mixed(split, index):
+    """The household with a step limit from 3 to 50 that depends on the task."""
+    return household.make(split, index, max_steps=3 + index * 29 % 48)
 
 
-def stock(actor, tokenizer, prompts, longest, **more):
-    """HF's `generate` with its own loop, left-padded prompts -> what it returns; more: further fields of its configuration."""
-    batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(actor.device)
-    config = GenerationConfig(
-        max_new_tokens=longest,
+mixed = ModuleType("mixed_household")  # a world, see envs.py
+mixed.SPLITS = household.SPLITS
+mixed.size = household.size
+mixed.make = make_mixed
+sys.modules["mixed_household"] = mixed
+
+
+# ---- the reference -----------------------------------------------------------------------------
+
+
+def hf_generate(actor, tokenizer, prompts, max_new_tokens, **more):
+    """HF `generate` as it is -> what it returns. more: fields of its configuration."""
+    inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(actor.device)
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
         do_sample=True,
         temperature=1.0,
         top_k=0,
         top_p=1.0,
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         **more,
     )
-    return actor.generate(**batch, generation_config=config)
+    return actor.generate(**inputs, generation_config=settings)
 
 
-def generate(actor, tokenizer, prompts, style, own):
-    """Prompts -> sampled responses, cut after `</action>`."""
-    if own:
-        return rollout.generate(
-            actor, tokenizer, prompts, temperature=1.0, max_response=style.max_response
-        )
-    rows = stock(
-        actor, tokenizer, prompts, style.max_response, eos_token_id=tokenizer.eos_token_id
-    )[:, max(map(len, prompts)) :].tolist()
-    table, cut = hiper.token_bytes(tokenizer), []
-    for row in rows:
-        said, n = b"", 0
-        while n < len(row) and b"</action>" not in said and row[n] != tokenizer.eos_token_id:
-            said, n = said + table[row[n]], n + 1
-        cut.append(row[:n])
-    return cut
+def plain_responses(actor, tokenizer, prompts, max_new_tokens):
+    """Texts by `hf_generate`, each up to `</action>`."""
+    ids = hf_generate(actor, tokenizer, prompts, max_new_tokens)
+    width = max(map(len, prompts))
+    texts = [response_text(row, tokenizer) for row in ids[:, width:].tolist()]
+    return [text.partition("</action>")[0] + "</action>" for text in texts]
 
 
-def lockstep(actor, tokenizer, runner, tasks, batch, style, own=False):
-    """-> (running turns, their tokens, rows generated)"""
-    turns = tokens = rows = 0
-    for start in range(0, len(tasks), batch):
-        part = dict(enumerate(tasks[start : start + batch]))
-        seats = {
-            slot: rollout.Seat(part[slot], *reset, style)
-            for slot, reset in runner.reset(part).items()
-        }
-        running = set(seats)
+def stopped_responses(actor, tokenizer, prompts, max_new_tokens):
+    """Texts by our `generate`."""
+    responses = generate(actor, tokenizer, prompts, temperature=1.0, max_new_tokens=max_new_tokens)
+    return [response_text(response, tokenizer) for response in responses]
+
+
+def lockstep(actor, tokenizer, pool, tasks, config, write=plain_responses):
+    """Play the tasks in fixed batches -> (turns of running episodes, rows generated)."""
+    turns = rows = 0
+    for start in range(0, len(tasks), config.num_envs):
+        part = dict(enumerate(tasks[start : start + config.num_envs]))
+        resets = pool.reset(part)
+        agents = {slot: AgentState(config, part[slot], *resets[slot]) for slot in part}
+        running = list(agents)
         while running:
-            prompts = rollout.prompts_of(list(seats.values()), tokenizer)
-            responses = dict(zip(seats, generate(actor, tokenizer, prompts, style, own)))
-            decisions = {
-                slot: hiper.parse(hiper.response_text(responses[slot], tokenizer))
-                for slot in running
-            }
-            outcomes = runner.step({slot: decisions[slot].action for slot in sorted(running)})
-            turns, rows = turns + len(running), rows + len(seats)
-            tokens += sum(len(responses[slot]) for slot in running)
-            running -= {
-                slot
-                for slot in outcomes
-                if seats[slot].answer(
-                    prompts[slot], responses[slot], decisions[slot], outcomes[slot]
-                )
-            }
-    return turns, tokens, rows
+            prompts = build_prompts(list(agents.values()), tokenizer)
+            texts = write(actor, tokenizer, prompts, config.max_new_tokens)
+            decisions = dict(zip(agents, map(hiper.parse, texts), strict=True))
+            outcomes = pool.step({slot: decisions[slot].action for slot in running})
+            for slot, outcome in outcomes.items():
+                agents[slot].record_turn([], [], decisions[slot], outcome)
+            turns += len(running)
+            rows += len(agents)
+            running = [slot for slot in running if not agents[slot].ended]
+    return turns, rows
 
 
-def ours(actor, tokenizer, runner, tasks, slots, style):
-    episodes = rollout.collect(
-        actor, tokenizer, runner, tasks, slots=slots, temperature=1.0, style=style
-    )
-    turns = [turn for e in episodes for turn in e.turns]
-    return len(turns), sum(len(turn.response) for turn in turns), len(turns)
+def lockstep_with_stop(actor, tokenizer, pool, tasks, config):
+    return lockstep(actor, tokenizer, pool, tasks, config, write=stopped_responses)
 
 
-def play(config, style, demos, episodes):
-    """-> ({way to play: (turns a second)}, actor, tokenizer)"""
-    with envs.Runner("household", "train") as runner:
-        shown = scratch.demonstrations(
-            runner, range(max(demos, 50)), plan_noise=0.9, slips=0.15, style=style, seed=0
-        )
-    tokenizer = scratch.train_tokenizer([text for *texts, _ in shown for text in texts])
+def slot_refill(actor, tokenizer, pool, tasks, config):
+    """Ours -> (turns, rows generated), which are the same."""
+    turns = sum(len(episode.turns) for episode in collect(actor, tokenizer, pool, tasks, config))
+    return turns, turns
+
+
+METHODS = {
+    "ours": slot_refill,
+    "lockstep, stop": lockstep_with_stop,
+    "lockstep": lockstep,
+}
+
+
+# ---- measuring ---------------------------------------------------------------------------------
+
+
+def cloned_agent(config, episodes):
+    """-> (actor, tokenizer), cloned on so many demonstrations."""
+    with envs.EnvPool("household") as pool:
+        examples = demonstrations(pool, range(episodes), config, **household.DEMONSTRATOR)
+    tokenizer = train_tokenizer([text for *texts, _ in examples for text in texts])
     tokenizer.padding_side = "left"
     torch.manual_seed(0)
-    policy = hiper.ActorCritic(scratch.tiny_model(tokenizer), "shared")
-    if demos:
-        scratch.clone(
-            policy, tokenizer, shown, epochs=1, lr=2e-3, seed=0, gamma=0.95, success_reward=10.0
-        )
-    actor, tasks, speed = policy.actor.eval(), list(range(episodes)), {}
-    print(
-        f"tiny model of {sum(p.numel() for p in actor.parameters()) / 1e6:.2f} M, "
-        f"{f'cloned on {demos} demonstrations' if demos else 'random'}; {episodes} episodes in {config.slots} slots, "
-        f"at most {style.max_response} tokens a turn, {torch.get_num_threads()} threads"
-    )
-    print(
-        "                  seconds   turns/s  tokens/s  turns  tokens a turn  rows generated a turn"
-    )
-    with envs.Runner("mixed_household", "train") as runner:
-        for name, method in {
-            "ours": ours,
-            "lockstep": lockstep,
-            "lockstep, own": lambda *a: lockstep(*a, own=True),
-        }.items():
-            method(actor, tokenizer, runner, [0, 1], config.slots, style)  # what is done once only
-            torch.manual_seed(1)
-            start = time.perf_counter()
-            turns, tokens, rows = method(actor, tokenizer, runner, tasks, config.slots, style)
-            took = time.perf_counter() - start
-            speed[name] = turns / took
-            print(
-                f"{name:16s}{took:9.1f}{turns / took:10.0f}{tokens / took:10.0f}{turns:7d}{tokens / turns:15.1f}{rows / turns:15.2f}",
-                flush=True,
-            )
-    return speed, actor, tokenizer
+    policy = hiper.ActorCritic(tiny_model(tokenizer), "shared")
+    clone(policy, tokenizer, examples, config)
+    return policy.actor.eval(), tokenizer
 
 
-# ---- the roofline of decoding ----
-
-
-def roofline(actor, s, slots, prompt, response, device, half):
-    """Print a decode step's time beside the time to read weights and cache once."""
-    block = torch.zeros(2, 2**24, device=device)  # 64 MiB are copied: as much read as written
-    bandwidth = (
-        2
-        * block[0].nbytes
-        / min(seconds(lambda: block[0].copy_(block[1]), device) for _ in range(10))
-    )
-    ids = torch.randint(s.vocab, (slots, prompt), device=device)
-
-    def decode(n):
-        config = GenerationConfig(
-            min_new_tokens=n, max_new_tokens=n, do_sample=True, top_k=0, pad_token_id=0
-        )
-        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16) if half else nullcontext():
-            actor.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config
-            )
-
-    decode(2)
-    first, all_ = (
-        min(seconds(lambda: decode(n), device) for _ in range(3)) for n in (1, 1 + response)
-    )
-    step = (all_ - first) / response
-    weights = (2 if half else 4) * s.actor_linear  # under autocast: its bf16 copies
-    cache = slots * (prompt + response / 2) * s.layers * s.keys * 8  # float32, see plan.kv_cache
-    bound = (weights + cache) / bandwidth
-    print(
-        f"\ndecoding on {device.type}, {slots} rows after prompts of {prompt} tokens: {1e3 * step:.2f} ms a step, "
-        f"{slots / step:.0f} tokens/s (prompts: {1e3 * first:.0f} ms)\nroofline: {weights / 1e6:.1f} MB of weights and "
-        f"{cache / 1e6:.1f} MB of cache at {bandwidth / 1e9:.1f} GB/s "
-        f"take {1e3 * bound:.2f} ms: decoding reaches {bound / step:.0%} of it"
-    )
+def measure(actor, tokenizer, config, episodes, rounds):
+    """Play `rounds` times `episodes` tasks with each method -> {method: [seconds, turns, rows]}."""
+    totals = defaultdict(lambda: [0.0, 0, 0])
+    with envs.EnvPool("mixed_household") as pool:
+        for method in METHODS.values():
+            method(actor, tokenizer, pool, [0, 1], config)  # what is done once only
+        for k in range(rounds):
+            tasks = range(k * episodes, (k + 1) * episodes)
+            for name, method in METHODS.items():
+                torch.manual_seed(k)
+                start = time.perf_counter()
+                turns, rows = method(actor, tokenizer, pool, tasks, config)
+                seconds = time.perf_counter() - start
+                pairs = zip(totals[name], (seconds, turns, rows), strict=True)
+                totals[name] = [total + new for total, new in pairs]
+    return totals
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument(
-        "--model", default="", help="the roofline of another shape, and nothing else"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--demos", type=int, default=400)
-    parser.add_argument("--slots", type=int, default=128)
-    parser.add_argument("--episodes", type=int, default=256)
-    parser.add_argument("--prompt", type=int, default=60, help="of the roofline, tokens")
-    given = parser.parse_args()
-    torch.set_num_threads(min(2, os.cpu_count()))
-    if given.model:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        shape = (
-            plan.built_in(given.model)
-            if given.model in plan.SHAPES
-            else plan.configuration(given.model)[0]
-        )
-        with torch.device(device):
-            actor = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).eval()
-        return roofline(
-            actor,
-            plan.sizes(shape, "shared"),
-            given.slots,
-            given.prompt,
-            24,
-            device,
-            device.type == "cuda",
-        )
-    config = Config(slots=given.slots)
-    speed, actor, _ = play(config, config.style, given.demos, given.episodes)
-    roofline(
-        actor,
-        plan.sizes(actor.config, "shared"),
-        given.slots,
-        given.prompt,
-        24,
-        torch.device("cpu"),
-        False,
-    )
-    own = speed["lockstep, own"]
+    parser.add_argument("--demos", type=int, default=200, help="demonstrations that are cloned")
+    parser.add_argument("--num_envs", type=int, default=64)
+    parser.add_argument("--episodes", type=int, default=192, help="in one round")
+    parser.add_argument("--rounds", type=int, default=2)
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    config = replace(read_config([]), num_envs=args.num_envs)
+    actor, tokenizer = cloned_agent(config, args.demos)
+    totals = measure(actor, tokenizer, config, args.episodes, args.rounds)
     print(
-        f"our generate is worth {own / speed['lockstep']:.1f}x, full slots {speed['ours'] / own:.1f}x"
+        f"{args.rounds} rounds of {args.episodes} episodes, {args.num_envs} at once, at most "
+        f"{config.max_new_tokens} tokens a turn, {torch.get_num_threads()} threads\n"
+        "                  seconds   turns/s    turns   rows generated a turn"
+    )
+    speed = {}
+    for name, (seconds, turns, rows) in totals.items():
+        speed[name] = turns / seconds
+        print(f"{name:16s}{seconds:9.1f}{speed[name]:10.0f}{turns:9d}{rows / turns:15.2f}")
+    stop = speed["lockstep, stop"]
+    print(
+        f"stopping at </action> gives {stop / speed['lockstep']:.1f}x, "
+        f"refilling slots {speed['ours'] / stop:.1f}x"
     )
     print(f"rollout: {speed['ours'] / speed['lockstep']:.1f}x")
 

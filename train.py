@@ -289,7 +289,7 @@ def main(argv=None):
                 "command again; it goes on from the last checkpoint"
             )
         )
-    except ConfigError as error:
+    except (ConfigError, FloatingPointError) as error:
         sys.exit(fail(error))
     finish(accelerator)
 

@@ -15,6 +15,7 @@ from support.distributed import equal_passes, gradient_sync
 from support.scoring import micro_batches
 
 MAX_GRAD_NORM = 1.0  # for actor and critic each
+MAX_SKIPPED = 3  # steps in a row that may be left out because a gradient is not finite
 
 
 def draw_minibatches(run, samples):
@@ -34,6 +35,7 @@ def update(run, samples, minibatches, old, ref_logprobs, advantages, actor_learn
     """PPO on one iteration's turns -> mean losses and diagnostics over all processes."""
     config, accelerator = run.config, run.accelerator
     totals = defaultdict(float)
+    skipped = in_a_row = 0
     set_checkpointing(run.model, True)
     for epoch in range(config.epochs):
         if epoch:
@@ -53,13 +55,25 @@ def update(run, samples, minibatches, old, ref_logprobs, advantages, actor_learn
                 for name, term in terms.items():
                     share = bool(rows) / (config.epochs * len(minibatches))
                     totals[name] += float(term.detach()) * share
-            optimizer_step(run, actor_learns)
+            if optimizer_step(run, actor_learns):
+                in_a_row = 0
+            else:
+                skipped += 1
+                in_a_row += 1
+            if in_a_row == MAX_SKIPPED:
+                raise FloatingPointError(
+                    f"{MAX_SKIPPED} gradients in a row were NaN or infinite; the weights are those "
+                    "before them. Try a smaller --lr, and look at the rewards of the world"
+                )
     set_checkpointing(run.model, False)
     sums = torch.tensor(list(totals.values()), device=accelerator.device)
     sums = accelerator.reduce(sums, "sum").tolist()
-    metrics = dict(zip(totals, sums, strict=True))
-    del metrics["kl_loss"]
-    return metrics
+    metrics = {
+        name: value if math.isfinite(value) else None  # JSON knows no NaN
+        for name, value in zip(totals, sums, strict=True)
+        if name != "kl_loss"
+    }
+    return {**metrics, "skipped_steps": skipped}
 
 
 def loss_terms(run, samples, rows, old, ref_logprobs, advantages, counts):
@@ -114,15 +128,23 @@ def count_tokens(run, samples, advantages, minibatch):
 
 
 def optimizer_step(run, actor_learns):
-    """Clip, step, zero. In the critic's warm-up the actor's gradients are dropped."""
+    """Clip, step, zero -> whether the step was made: not where a gradient is NaN or infinite.
+
+    In the critic's warm-up the actor's gradients are dropped. The norms are of the whole gradient,
+    so all processes decide alike.
+    """
     actor_group, critic_group = run.optimizer.param_groups
+    finite = True
     for group in (actor_group, critic_group):
-        run.accelerator.clip_grad_norm_(group["params"], MAX_GRAD_NORM)
+        norm = run.accelerator.clip_grad_norm_(group["params"], MAX_GRAD_NORM)
+        finite = finite and math.isfinite(float(norm))
     if not actor_learns:
         for parameter in actor_group["params"]:
             parameter.grad = None
-    run.optimizer.step()
+    if finite:
+        run.optimizer.step()
     run.optimizer.zero_grad()
+    return finite
 
 
 def set_checkpointing(model, on):

@@ -208,6 +208,7 @@ def test_update_is_one_step_on_the_oracle_s_loss(
     stepped = {name: p.detach() - p.grad for name, p in tiny_policy.named_parameters()}
     assert_close(learned.weights, stepped)
     wanted = {name: term.item() for name, term in wanted.items()}
+    wanted["skipped_steps"] = 0
     assert learned.losses == pytest.approx(wanted, rel=1e-5, abs=1e-5)
     assert learned.losses["kl_to_reference"] > 0
     assert (learned.losses["clip_fraction"] > 0) == bool(shift)
@@ -597,3 +598,53 @@ def test_iterations_depend_on_seed_and_number_alone(tiny_policy, tiny_tokenizer,
     assert steady(first.metrics) == steady(again.metrics)
     assert not same(first.weights, play(seed=1).weights)
     assert not same(first.weights, play(1).weights)
+
+
+# ---- gradients that are not finite -------------------------------------------------------------
+
+
+def break_losses(monkeypatch, broken):
+    """Make the policy loss NaN in the micro-batches whose number is in `broken`."""
+    calls = []
+    loss_terms = ppo.loss_terms
+
+    def spoiled(*arguments):
+        terms = loss_terms(*arguments)
+        calls.append(1)
+        if len(calls) - 1 in broken:
+            terms["policy_loss"] = terms["policy_loss"] * torch.nan
+        return terms
+
+    monkeypatch.setattr(ppo, "loss_terms", spoiled)
+
+
+def test_a_step_whose_gradient_is_not_finite_is_left_out(
+    tiny_policy, tiny_tokenizer, accelerator, monkeypatch
+):
+    episodes = make_episodes(tiny_tokenizer)
+    options = dict(optimizer=plain_sgd, minibatch_size=5)  # four steps of one micro-batch
+    break_losses(monkeypatch, broken={1, 2})
+    done = learn(tiny_policy, tiny_tokenizer, episodes, accelerator, **options)
+    assert done.losses["skipped_steps"] == 2
+    assert done.losses["policy_loss"] is None  # and not NaN, which is no JSON
+    assert math.isfinite(done.losses["entropy"])
+    assert all(value.isfinite().all() for value in done.weights.values())
+
+
+def test_three_such_steps_in_a_row_end_the_update_with_the_weights_before_them(
+    tiny_policy, tiny_tokenizer, accelerator, monkeypatch
+):
+    runs = []
+    optimizer_step = ppo.optimizer_step
+
+    def spy_step(run, actor_learns):
+        runs.append(run)
+        return optimizer_step(run, actor_learns)
+
+    monkeypatch.setattr(ppo, "optimizer_step", spy_step)
+    break_losses(monkeypatch, broken={0, 1, 2})
+    episodes = make_episodes(tiny_tokenizer)
+    with pytest.raises(FloatingPointError, match="3 gradients in a row"):
+        learn(tiny_policy, tiny_tokenizer, episodes, accelerator, minibatch_size=5)
+    assert len(runs) == 3
+    assert same(weights(runs[0].model), weights(tiny_policy))

@@ -24,9 +24,6 @@ from torch import Tensor
 from hae import discounted_reverse_cumsum, gae
 from hiper import TokenAdvantages
 
-GROUP_METHODS = ("rloo", "grpo", "gigpo")
-METHODS = ("hiper", "ppo", *GROUP_METHODS)
-
 
 def group_normalize(x: Tensor, group: Tensor, scale: bool = True) -> Tensor:
     """x [M] minus the mean of its group (int [M]); divided by its standard deviation if `scale`."""

@@ -66,6 +66,9 @@ class Config:
     keep_penalty: float = setting(
         0.0, "reward taken off a KEEP turn (released code: 0.3 on ALFWorld)", low=0
     )
+    keep_ratio_penalty: float = setting(
+        0.0, "per episode, times its share of KEEP turns (released code: 3.5 on WebShop)", low=0
+    )
     drift_penalty: float = setting(
         0.0, "reward taken off where KEEP's subgoal is not the carried one (released: 0.3)", low=0
     )
@@ -135,7 +138,6 @@ class Config:
     attention: str = setting("", "eager, sdpa or flash_attention_2; empty: Hugging Face's choice")
 
     bc_episodes: int = setting(0, "without --model: demonstrations that are cloned first", low=0)
-    eval_split: str = setting("", "split that is evaluated; empty: the world's last")
     eval_episodes: int = setting(0, "tasks of that split; 0: all", low=0)
     save_every: int = setting(10, "iterations between checkpoints and printed episodes", low=1)
 

@@ -80,7 +80,7 @@ def main(argv=None):
         if args.episodes is not None and args.episodes < 1:
             raise ConfigError("--episodes must be 1 or more")
         config, folder, which = load_run(args.out)
-        split = args.split or config.eval_split or envs.world(config.env).SPLITS[-1]
+        split = args.split or envs.world(config.env).SPLITS[-1]
         size = envs.size(config.env, split)
         tasks = choose_tasks(size, args.episodes)
         accelerator = make_accelerator()
@@ -100,8 +100,7 @@ def main(argv=None):
     except (ConfigError, OSError, ValueError, RuntimeError) as error:
         sys.exit(fail(error))
     protocol = {
-        "run": str(args.out),
-        "env": config.env,
+        "run": f"{args.out} in {config.env}",
         "split": split,
         "tasks": f"{len(tasks)} of {size}, each once",
         "temperature": result["temperature"],

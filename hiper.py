@@ -37,6 +37,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from config import DECISIONS
 from hae import hae, switch_gain
 from support.protocol import (  # noqa: F401, prompt, parser and masks belong to the method
     Decision,
@@ -166,8 +167,6 @@ def logprobs_and_entropy(hidden, targets, output_layer, chunk=2**25):
 
 
 # ---- advantages --------------------------------------------------------------------------------
-
-DECISIONS = ("switch", "subgoal", "action")
 
 
 class TokenAdvantages(NamedTuple):

@@ -12,7 +12,7 @@ P prompt tokens, L response tokens.
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import hiper
 from config import SUCCESS_REWARD
@@ -52,12 +52,9 @@ class Episode:
 
 @dataclass
 class AgentState:
-    """One running episode: what the agent remembers between turns.
+    """One running episode: what the agent remembers between turns."""
 
-    config: Config, or any object with its rollout settings.
-    """
-
-    config: object
+    config: object  # Config, or what has its rollout settings
     index: int  # of the task
     observation: str
     info: dict
@@ -139,6 +136,10 @@ class AgentState:
         return shaped
 
     def to_episode(self, final_prompt):
+        share = self.config.keep_ratio_penalty / len(self.turns)  # of each KEEP turn
+        for n, turn in enumerate(self.turns):
+            if share and turn.decision.valid and not turn.is_segment_start:
+                self.turns[n] = replace(turn, reward=turn.reward - share)
         return Episode(
             index=self.index,
             task=self.info["task"],

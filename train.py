@@ -201,10 +201,11 @@ def train(config, accelerator, out):
         if first < config.iterations:
             evaluate_run(run, log, config.iterations)
             checkpoint.save_checkpoint(out, run, config.iterations, log)
-    before, after = (100 * log["evals"][i]["success"] for i in (0, -1))
+    first, last = log["evals"][0], log["evals"][-1]
+    before, after = 100 * first["success"], 100 * last["success"]
     say(
         accelerator,
-        f"{log['evals'][0]['split']}: {before:.1f} % at the start, {after:.1f} % after "
+        f"{first['split']}: {before:.1f} % at the start, {after:.1f} % after "
         f"{config.iterations} iterations; all in {out}",
     )
     return log
@@ -245,7 +246,7 @@ def train_iterations(run, out, first, log):
 def evaluate_run(run, log, iteration):
     """One pass over the evaluation split, shared among the processes, into the log."""
     config, accelerator = run.config, run.accelerator
-    split = config.eval_split or envs.world(config.env).SPLITS[-1]
+    split = envs.world(config.env).SPLITS[-1]
     tasks = choose_tasks(envs.size(config.env, split), config.eval_episodes)
     with accelerator.autocast(), whole_weights(run.model):
         result = evaluate(run.model.actor, run.tokenizer, accelerator, config, split, tasks)

@@ -19,10 +19,6 @@ def check_world_and_model(config):
     """ConfigError where the world or the model cannot be had, before anything is written."""
     try:
         module = envs.world(config.env)
-        if config.eval_split and config.eval_split not in module.SPLITS:
-            raise ConfigError(
-                f"--eval_split must be one of {', '.join(module.SPLITS)}, not {config.eval_split!r}"
-            )
         with envs.EnvPool(
             config.env, module.SPLITS[0], workers=1, **envs.world_options(config)
         ) as pool:

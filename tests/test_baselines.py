@@ -525,6 +525,25 @@ def test_penalties():
     assert rewards_of(flat, *[(decide(False, ""), 0, False)] * 2) == [0, 0]
 
 
+def test_the_ratio_penalty_takes_its_share_of_keep_turns_off_an_episode():
+    """3.5 times 2 KEEP turns of 5 turns, spread over the two."""
+    state = AgentState(tiny_config(keep_ratio_penalty=3.5), 0, "page", {"task": "x"})
+    for switch, valid in (
+        (False, True),
+        (False, True),
+        (True, True),
+        (False, False),
+        (False, True),
+    ):
+        info = {"task": "x", "task_type": "y", "won": False, "score": 0.0}
+        decision = decide(switch, "a", valid)
+        state.record_turn([], [], decision, ("page", 0.0, False, False, info))
+    rewards = [turn.reward for turn in state.to_episode([]).turns]
+    malformed = -state.config.invalid_penalty
+    assert rewards == pytest.approx([0, -0.7, 0, malformed, -0.7])
+    assert sum(rewards) - malformed == pytest.approx(-3.5 * 2 / 5)
+
+
 def test_the_checklist_pays_a_subtask_once_and_all_of_it_as_much_as_winning():
     paid = rewards_of(
         tiny_config(checklist=0.4),

@@ -47,7 +47,7 @@ def test_a_config_file_and_flags_over_it(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(
         "lr: 1e-4\nshort_prompt: false\nmodel: some/name\nepisodes: 7\nbootstrap: yes\n"
-        "eval_split: seen\n"
+        "eval_episodes: 8\n"
     )
     got = read_config([str(file), "--episodes", "9", "--seed", "3"])
     assert got.lr == 1e-4
@@ -55,7 +55,7 @@ def test_a_config_file_and_flags_over_it(tmp_path):
     assert got.model == "some/name"
     assert got.episodes == 9
     assert got.bootstrap is True
-    assert got.eval_split == "seen"
+    assert got.eval_episodes == 8
     assert got.out == "runs/household-3"
     assert read_config([str(file), "--out", "x"]).out == "x"
     (tmp_path / "run.json").write_text(json.dumps({"lr": 0.5, "env_options": {"max_steps": 4}}))

@@ -88,7 +88,8 @@ def test_a_world_brings_its_own_settings():
     paper = read_config(["--env", "webshop", "--model", "x"])
     assert paper.iterations == 150
     assert paper.model == "x"
-    assert not paper.bootstrap
+    assert paper.bootstrap
+    assert paper.switch_advantage == "closed_form"
     assert not paper.short_prompt
     own_world = read_config(["--env", "corridor", "--model", "x"])
     assert own_world.lr == 1e-6

@@ -419,7 +419,7 @@ def test_a_run_goes_on_with_more_iterations(trained, tmp_path, capfd):
         ("--method magic", "magic"),
         ("--critic none", "none"),
         ("--bc_episodes 0", "--bc_episodes"),
-        ("--eval_split test", "unseen"),
+        ("--eval_split test", "eval_split"),
         ("--eval_episodes -1", "--eval_episodes"),
         ("--lr -1", "--lr"),
         ("--lr nan", "--lr"),

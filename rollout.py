@@ -130,15 +130,18 @@ class AgentState:
         shaped = SUCCESS_REWARD * reward
         if not decision.valid:
             shaped -= config.invalid_penalty
-        elif not is_segment_start and config.prompt != "flat":
+        elif self._is_keep(decision, is_segment_start):
             shaped -= config.keep_penalty
             shaped -= config.drift_penalty * (decision.subgoal != self.subgoal)
         return shaped
 
+    def _is_keep(self, decision, is_segment_start):
+        return decision.valid and not is_segment_start and self.config.prompt != "flat"
+
     def to_episode(self, final_prompt):
         share = self.config.keep_ratio_penalty / len(self.turns)  # of each KEEP turn
         for n, turn in enumerate(self.turns):
-            if share and turn.decision.valid and not turn.is_segment_start:
+            if self._is_keep(turn.decision, turn.is_segment_start):
                 self.turns[n] = replace(turn, reward=turn.reward - share)
         return Episode(
             index=self.index,

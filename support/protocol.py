@@ -209,8 +209,7 @@ def subgoal_positions(ids, lengths, tokenizer):
     blocks = [BLOCK["subgoal"].search(text) for text in texts]
     closing = [block.end() - 1 if block else 0 for block in blocks]
     closing = torch.tensor(closing, device=ids.device)[:, None]
-    in_response = torch.arange(ids.shape[1], device=ids.device) < lengths.to(ids.device)[:, None]
-    return ((starts < closing) & in_response).sum(1) - 1
+    return (starts < closing).sum(1) - 1  # padding begins after all blocks
 
 
 def _byte_offsets(ids, lengths, tokenizer):

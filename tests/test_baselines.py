@@ -542,6 +542,11 @@ def test_the_ratio_penalty_takes_its_share_of_keep_turns_off_an_episode():
     malformed = -state.config.invalid_penalty
     assert rewards == pytest.approx([0, -0.7, 0, malformed, -0.7])
     assert sum(rewards) - malformed == pytest.approx(-3.5 * 2 / 5)
+    flat = tiny_config(keep_ratio_penalty=3.5, method="ppo", prompt="flat")
+    state = AgentState(flat, 0, "page", {"task": "x"})
+    for _ in range(2):  # the flat prompt knows no KEEP
+        state.record_turn([], [], decide(False, ""), ("page", 0.0, False, False, info))
+    assert [turn.reward for turn in state.to_episode([]).turns] == [0, 0]
 
 
 def test_the_checklist_pays_a_subtask_once_and_all_of_it_as_much_as_winning():

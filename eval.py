@@ -15,7 +15,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read as torch loads: idle
 
 import torch
 from accelerate.utils import gather_object
-from transformers.utils import logging
 
 import envs
 from config import EVAL_TEMPERATURE, ConfigError
@@ -72,8 +71,6 @@ def read_arguments(argv):
 
 def main(argv=None):
     args = read_arguments(argv)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
         if args.json and not args.json.absolute().parent.is_dir():
             raise ConfigError(f"--json: there is no folder {args.json.parent}")

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging as hf_logging
 
 from hae import normalize
 
@@ -28,9 +29,14 @@ os.environ.setdefault("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
 
 
 def make_accelerator():
-    """bfloat16 autocast on GPUs, float32 on the CPU (also with ACCELERATE_USE_CPU=true)."""
+    """bfloat16 autocast on GPUs, float32 on the CPU (also with ACCELERATE_USE_CPU=true).
+
+    Hugging Face's warnings and loading bars are turned off here, for training and evaluation.
+    """
     cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
     half = torch.cuda.is_available() and not cpu
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
     # It warns at each save that tied weights are saved once.
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     waits = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # for a process that clones

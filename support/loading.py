@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
 import envs
 import hiper
@@ -47,8 +46,6 @@ def load_policy(config, out, pool, accelerator):
     The start model is `--model`, or out/start, which is cloned from the expert where it is not
     there yet.
     """
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     start = Path(config.model or out / "start")
     if not config.model and not (start / "config.json").exists():
         if accelerator.is_main_process:

@@ -156,8 +156,8 @@ def play(folder, episodes):
     """
     import envs
     from config import ConfigError  # what only part two needs is imported in its functions
-    from eval import load_run
     from support.distributed import make_accelerator
+    from support.loading import load_run
 
     try:
         saved, _, _ = load_run(folder)

@@ -3,11 +3,12 @@
 import argparse
 import difflib
 import json
+import sys
 from pathlib import Path
 
 import yaml
 
-from config import FIELDS, Config, ConfigError
+from config import EVAL_TEMPERATURE, FIELDS, Config, ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 GROUPS = {  # first field of a group -> its title in --help
@@ -49,9 +50,51 @@ def read_config(argv):
     return Config(**{name: _convert(name, value) for name, value in values.items()})
 
 
+def read_eval_arguments(argv):
+    """The words of eval.py's command line (None: sys.argv's) -> Namespace.
+
+    Without a run `settings` are the words for `read_config`. ConfigError for what cannot be meant.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _Parser(
+        prog="eval.py",
+        usage="python eval.py OUT [flags]\n       python eval.py --model M --env E [flags]",
+        description="Evaluate the agent of a run, or any model without training (zero-shot). "
+        "Zero-shot also takes train.py's settings, such as --num_envs 16.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    zero_shot = any(word.split("=")[0] == "--model" for word in argv)
+    if not zero_shot:  # else OUT would be the value of a setting
+        add("out", type=Path, help="the --out folder of a training run, or its best/")
+    add("--model", help="without OUT: Hugging Face name or path of a causal LM")
+    add("--env", help="without OUT: the world")
+    add("--split", help="default: the last split of the world")
+    add("--episodes", type=int, help="N tasks of the split; default: all")
+    add("--temperature", type=float, default=EVAL_TEMPERATURE, help="(paper: 0.4)")
+    add("--greedy", action="store_true", help="take the most probable tokens")
+    add("--seed", type=int, help="default: the run's, as in training")
+    add("--json", type=Path, help="write the result to this file")
+    args, settings = parser.parse_known_args(argv)
+    if zero_shot and settings and not settings[0].startswith("-"):
+        raise ConfigError(f"{settings[0]!r} and --model: give either a run or a model")
+    if not zero_shot and (settings or args.env):
+        raise ConfigError(
+            f"the run in {args.out} has its own settings: leave out "
+            f"{settings[0] if settings else '--env'}"
+        )
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise ConfigError(f"--json: there is no folder {args.json.parent}")
+    if args.episodes is not None and args.episodes < 1:
+        raise ConfigError("--episodes must be 1 or more")
+    env = ["--env", args.env] if args.env else []
+    args.settings = [*settings, "--model", args.model, *env] if zero_shot else []
+    return args
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise ConfigError(f"{message} (python train.py --help lists all flags)")
+        raise ConfigError(f"{message} (python {self.prog} --help lists all flags)")
 
 
 def _parser():

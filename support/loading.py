@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import envs
 import hiper
-from config import Config, ConfigError
+from config import Config, ConfigError, check
+from support.arguments import read_config
 from support.cloning import HEADS, clone_expert
 
 
@@ -128,6 +129,20 @@ def load_run(out):
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path} is not a configuration of this version: {error}") from None
     return config, folder, "best" if is_best else "last"
+
+
+def load_evaluated(args):
+    """What eval.py plays: a run's agent, or a model as it is -> (config, model, its description).
+
+    args: of `support.arguments.read_eval_arguments`. ConfigError where there is neither.
+    """
+    if not args.settings:
+        config, folder, which = load_run(args.out)
+        return config, folder, {"run": f"{args.out} in {config.env}", "checkpoint": which}
+    config = read_config(args.settings)
+    check(config)
+    check_world_and_model(config)
+    return config, config.model, {"model": f"{config.model} in {config.env}, not trained"}
 
 
 def choose_tasks(size, count):

@@ -144,9 +144,30 @@ def test_eval_flags(trained, capsys):
     assert re.search("temperature 1.0, seed 7", capsys.readouterr().out)
 
 
+def test_any_model_is_evaluated_without_a_run(tiny_actor, tiny_tokenizer, tmp_path, capsys):
+    """Zero-shot: the world's settings for a pretrained model, and train.py's flags over them."""
+    tiny_actor.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    before = tree(tmp_path)
+    words = ["--model", str(tmp_path / "model"), "--env", "household", "--episodes", "2"]
+    evaluation.main([*words, "--max_new_tokens", "4", "--env_options", '{"max_steps": 2}'])
+    said = capsys.readouterr().out
+    assert "model in household, not trained, split unseen, tasks 2 of 300" in said
+    assert "2 episodes" in said
+    assert tree(tmp_path) == before
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
+        ("", "out"),
+        ("run --model mine", "'run' and --model"),
+        ("TRAINED --env household", "leave out --env"),
+        ("TRAINED --lr 1", "leave out --lr"),
+        ("--model mine --env moon", "moon"),
+        ("--model mine --env household", "mine"),
+        ("--model mine --episode 3", "--episode"),
+        ("TRAINED --episodes many", "--episodes"),
         ("nowhere", "nowhere"),
         ("mine", "mine"),
         ("run", "run holds no finished"),

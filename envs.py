@@ -8,6 +8,8 @@ A world is a Python module with
                                         task `index`, the same every time; IndexError for none
     IN_PROCESS = False                  optional: the engine needs processes of its own
     TINY_AGENT = {...}                  optional: options of `make` for the tiny agent
+    MAX_STEPS = 100                     optional, where `make` has no option max_steps: the pool
+                                        then truncates an episode after so many steps
     DEMONSTRATOR = {...}                optional: arguments of `support.cloning.demonstrations`
     disguise(episodes, rng)             optional: demonstrations under other names
 
@@ -25,20 +27,27 @@ RuntimeError until reset is called. info holds task (str), task_type (str), admi
 str), won (bool) and score (float); optional are subgoals (list of str: what a planner could
 choose now), progress (float, 0 to 1, for --checklist) and gamefile (str).
 
-`--env NAME` takes a module of worlds/ or any importable module: a world of one's own is one file.
+`--env NAME` takes a module of worlds/ or any importable module, also one in the current folder: a
+world of one's own is one file. `python -m envs NAME` checks it.
 """
 
 import importlib
+import inspect
+import os
+import sys
 
 from support import env_workers
 
 WORLDS = ("household", "alfworld", "webshop")
+MAX_STEPS = 100  # step limit of a world that names none
 
 
 def world(name):
     """The module of world `name`. ValueError for a name that is neither known nor importable."""
     path = f"worlds.{name}" if name in WORLDS else name
     module = None
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     if all(path.split(".")):  # import_module takes "./world.py" for something else
         try:
             module = importlib.import_module(path)
@@ -69,6 +78,18 @@ def world_options(config):
     return {**tiny, **config.env_options}
 
 
+def step_limit(module, options):
+    """-> (steps after which the pool truncates, options of `make`).
+
+    None where `make` takes max_steps itself. Elsewhere the option max_steps, else the world's
+    MAX_STEPS, else ours.
+    """
+    if "max_steps" in inspect.signature(module.make).parameters:
+        return None, options
+    options = dict(options)
+    return options.pop("max_steps", getattr(module, "MAX_STEPS", MAX_STEPS)), options
+
+
 class EnvPool:
     """Steps many environments of one split together. A slot (any int) holds one at a time.
 
@@ -82,7 +103,9 @@ class EnvPool:
         self.name, self.split = name, split
         self.tasks = {}  # slot -> task index
         self.failed = set()  # tasks at which a process was lost
+        self.steps = {}  # slot -> steps of its episode
         module = world(name)
+        self.limit, options = step_limit(module, options)
         if getattr(module, "IN_PROCESS", True):
             self.envs = env_workers.LocalEnvs(module.__name__, split, options)
         else:
@@ -91,6 +114,7 @@ class EnvPool:
     def reset(self, tasks):
         """{slot: task index} -> {slot: (observation, info)}"""
         self.tasks.update(tasks)
+        self.steps.update(dict.fromkeys(tasks, 0))
         answers = self._call("reset", tasks)
         while len(answers) < len(tasks):
             missing = {slot: index for slot, index in tasks.items() if slot not in answers}
@@ -100,7 +124,11 @@ class EnvPool:
     def step(self, actions):
         """{slot: action} -> {slot: (observation, reward, terminated, truncated, info) or None}"""
         answers = self._call("step", actions)
-        for slot, (_, _, terminated, truncated, _) in answers.items():
+        for slot, (observation, reward, terminated, truncated, info) in answers.items():
+            self.steps[slot] += 1
+            if self.limit and self.steps[slot] >= self.limit and not terminated:
+                truncated = True
+                answers[slot] = (observation, reward, terminated, truncated, info)
             if terminated or truncated:
                 self.failed.discard(self.tasks[slot])
         return {slot: answers.get(slot) for slot in actions}
@@ -131,3 +159,9 @@ class EnvPool:
                 )
             self.failed.add(index)
         return answers
+
+
+if __name__ == "__main__":
+    from support import world_check
+
+    sys.exit(world_check.main(sys.argv[1:]))

@@ -1,12 +1,9 @@
 """envs.py: finding worlds, and stepping many environments, here or in worker processes.
 
-`check_world` checks the contract of any world, also of one's own:
-
-    python -c "from tests.test_envs import check_world; check_world('my_world')"
+`python -m envs WORLD` checks the contract of any world, also of one's own.
 """
 
 import os
-import pickle
 import random
 import re
 import subprocess
@@ -16,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import envs
-from support import env_workers
+from support import env_workers, world_check
 from worlds import household
 
 ROOT = Path(__file__).parent.parent
@@ -164,99 +161,9 @@ def far(corridor, write):
 
 
 def check_world(name, tasks=4, **options):
-    """Assert that world `name` keeps the contract of envs.py, on `tasks` tasks of each split."""
-    module = envs.world(name)
-    assert (
-        isinstance(module.SPLITS, tuple)
-        and module.SPLITS
-        and all(isinstance(split, str) for split in module.SPLITS)
-    )
-    assert isinstance(getattr(module, "IN_PROCESS", True), bool)
-    for call in (envs.size, envs.make):
-        with pytest.raises(ValueError):
-            call(name, "no such split")
-    for split in module.SPLITS:
-        number = envs.size(name, split)
-        assert isinstance(number, int) and number > 0
-        for index in (number, -1):
-            with pytest.raises(IndexError):
-                envs.make(name, split, index)
-        for index in random.Random(0).sample(range(number), min(tasks, number)):
-            env, twin = (envs.make(name, split, index, **options) for _ in range(2))
-            with pytest.raises(RuntimeError):
-                env.step("before reset")
-            first = _random_episode(env, index)
-            assert _random_episode(twin, index) == first, (
-                "the same task, the same actions, another transcript"
-            )
-            with pytest.raises(RuntimeError):
-                env.step("after the end")
-            assert _random_episode(env, index) == first, "reset does not start over"
-            assert env.reset(seed=1) == first[0]
-            _check_expert(env)
-            env.close()
-            twin.close()
-    env = module.make()
-    twin = envs.make(name, module.SPLITS[0], 0)
-    assert env.reset() == twin.reset(), "make's defaults are not the first task of the first split"
-    for action in ("", "no such action\n\u00e9"):  # a model says anything
-        _check_step(env.step(action))
-    env.close()
-    twin.close()
-
-
-def _check_info(info):
-    assert {"task": str, "task_type": str, "won": bool, "score": float}.items() <= {
-        k: type(v) for k, v in info.items()
-    }.items()
-    assert (
-        info["task"]
-        and isinstance(info["admissible"], list)
-        and all(isinstance(a, str) for a in info["admissible"])
-    )
-    assert isinstance(info.get("gamefile", ""), str) and pickle.loads(pickle.dumps(info)) == info
-
-
-def _check_step(outcome):
-    observation, reward, terminated, truncated, info = outcome
-    assert [type(x) for x in outcome[:4]] == [str, float, bool, bool] and observation
-    assert reward == float(info["won"] and terminated) and not (terminated and truncated)
-    _check_info(info)
-    return terminated or truncated
-
-
-def _random_episode(env, seed, limit=500):
-    """reset's pair and every step's five, until the end."""
-    rng, transcript = random.Random(seed), [env.reset()]
-    assert isinstance(transcript[0][0], str) and not transcript[0][1]["won"]
-    _check_info(transcript[0][1])
-    while len(transcript) <= limit:
-        transcript.append(env.step(rng.choice(transcript[-1][-1]["admissible"])))
-        assert transcript[-1][-1]["task"] == transcript[0][-1]["task"]
-        if _check_step(transcript[-1]):
-            return transcript
-    raise AssertionError(f"no end in {limit} steps")
-
-
-def _check_expert(env, limit=500):
-    """From the env's fresh start the expert, where there is one, wins or gives up."""
-    subgoal, ended = "", False
-    for turn in range(limit if hasattr(env, "expert") else 0):
-        advice = env.expert(subgoal)
-        if advice is None or ended:
-            break
-        switch, carried, action = advice
-        assert (
-            isinstance(switch, bool)
-            and isinstance(carried, str)
-            and carried
-            and isinstance(action, str)
-        )
-        assert switch or carried == subgoal, "KEEP, and another subgoal"
-        assert switch or turn, "the first turn has no subgoal to keep"
-        subgoal, outcome = carried, env.step(action)
-        ended = _check_step(outcome)
-        assert not ended or outcome[-1]["won"], "the expert does not win"
+    faults, summary = world_check.check_world(name, tasks, **options)
+    assert faults == []
+    return summary
 
 
 def test_household_keeps_the_contract():
@@ -268,31 +175,96 @@ def test_a_world_of_ones_own_keeps_the_contract(corridor):
 
 
 @pytest.mark.parametrize(
-    "breach",
+    "right, wrong, said",
     [
-        ('SPLITS = ("train", "test")', 'SPLITS = ["train", "test"]'),
-        ("raise IndexError", "raise KeyError"),
-        ("not 0 <= index <", "not index <"),
-        ("raise ValueError", "raise KeyError"),
-        ("if self.done:", "if not hasattr(self, 'at'):"),
-        ("float(won), won, truncated", "won, won, truncated"),
-        ("float(won), won, truncated", "-1.0 + 2 * won, won, truncated"),
-        ("float(won), won, truncated", "float(won), won, won"),
-        ("self.at = 0\n", "self.at = getattr(self, 'at', 0)\n"),
-        ('"score": float(won)', '"score": won'),
-        ('{"east": 1, "west": -1}.get(action, 0)', '{"east": 1, "west": -1}[action]'),
-        ("reset(self, seed=None)", "reset(self)"),
-        ("return self.page(), float", "return self.page().encode(), float"),
-        ("self.length = length", "self.length = id(self)"),
-        ("index=0, max_steps", "index=1, max_steps"),
+        ('SPLITS = ("train", "test")', 'SPLITS = ["train", "test"]', "SPLITS must be a tuple"),
+        ("return 5", "return 5.0", "size('train') must return a whole number"),
+        ("raise IndexError", "raise KeyError", "must raise IndexError, not KeyError"),
+        ("not 0 <= index <", "not index <", "make('train', -1), where tasks are 0 to 4, must"),
+        ("raise ValueError", "raise KeyError", "size of an unknown split must raise ValueError"),
+        ("if self.done:", "if not hasattr(self, 'at'):", "step after the end must raise"),
+        ("float(won), won, truncated", "won, won, truncated", "the reward must be a float"),
+        ("float(won), won, truncated", "-1.0 + 2 * won, won, truncated", "reward must be 1.0"),
+        ("float(won), won, truncated", "float(won), won, won", "both terminated and truncated"),
+        ("float(won), won, truncated", "float(won), int(won), truncated", "True or False"),
+        ("self.at = 0\n", "self.at = getattr(self, 'at', 0)\n", "reset must begin the task anew"),
+        ('"score": float(won)', '"score": won', "info['score'] must be a float"),
+        ('["east", "west"]', '("east", "west")', "info['admissible'] must be a list"),
+        ('["east", "west"]', '["east", 7]', "info['admissible'] must be a list of strings"),
+        ("index=0, max_steps=20", "index=0", "NameError: name 'max_steps' is not defined ("),
+        ('{"east": 1, "west": -1}.get(action, 0)', '{"east": 1, "west": -1}[action]', "KeyError"),
+        ("reset(self, seed=None)", "reset(self)", "TypeError"),
+        ("return self.page(), float", "return self.page().encode(), float", "must be text"),
+        ("return self.page(), self.info()", "return self.page()", "reset must return"),
+        ("self.length = length", "self.length = id(self)", "the same"),
+        ("index=0, max_steps", "index=1, max_steps", "make() must be task 0"),
+        ("truncated = not won and", "truncated = False and", "no end in 500 steps"),
+        (
+            "def close",
+            "def expert(self, _):\n        return 'east'\n\n    def close",
+            "expert must",
+        ),
+        (
+            "def close",
+            "def expert(self, goal):\n        return not goal, 'x', 'west'\n\n    def close",
+            "the expert does not win",
+        ),
+        ("class Corridor:", "class Corridor", "SyntaxError"),
     ],
 )
-def test_the_contract_check_finds_breaches(write, breach):
-    """check_world itself: worlds with one fault each."""
-    assert CORRIDOR.count(breach[0]) == 1
-    write("testing_corridor", CORRIDOR.replace(*breach))
-    with pytest.raises((AssertionError, KeyError, TypeError, pytest.fail.Exception)):
-        check_world("testing_corridor")
+def test_the_check_says_what_is_wrong(write, capsys, right, wrong, said):
+    """`python -m envs` on worlds with one fault each: exit 2, a sentence each, no traceback."""
+    assert CORRIDOR.count(right) == 1
+    text = CORRIDOR.replace(right, wrong)
+    if said == "no end in 500 steps":
+        text = text.replace("self.at == self.length", "False")
+    write("testing_corridor", text)
+    assert world_check.main(["testing_corridor"]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("error: ") for line in lines)
+    assert said in "\n".join(lines)
+
+
+def test_the_check_as_a_command(tmp_path):
+    """`python -m envs WORLD`, the world being in the current folder."""
+    (tmp_path / "mine.py").write_text(CORRIDOR)
+
+    def command(*words):
+        done = subprocess.run(
+            [sys.executable, ROOT / "envs.py", *words], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.stderr == ""
+        return done.returncode, done.stdout
+
+    code, said = command("mine")
+    assert code == 0
+    assert said.startswith("ok: mine has 5 tasks in train, 5 tasks in test; random play ends after")
+    assert "no expert" in said
+    assert command("mine", '{"max_steps": 1}')[0] == 0
+    for words in (["yours"], ["mine", '{"step": 1}'], ["mine", "[1]"], ["mine", "{"]):
+        code, said = command(*words)
+        assert code == 2
+        assert said.startswith("error: ")
+    assert command()[0] == 2
+
+
+def test_a_world_without_a_step_limit_gets_one(write):
+    """Where `make` has no max_steps: the world's MAX_STEPS, else 100; the option sets it."""
+    endless = CORRIDOR.replace(", max_steps=20", "").replace("index + SPL", "index + 900 + SPL")
+    endless = endless.replace("+ 1, max_steps)", "+ 1, 10**9)")
+    write("testing_endless", endless)
+    write("testing_short", endless + "\nMAX_STEPS = 3\n")
+    for name, options, limit in (
+        ("testing_endless", {}, 100),
+        ("testing_short", {}, 3),
+        ("testing_short", {"max_steps": 5}, 5),
+    ):
+        with envs.EnvPool(name, **options) as pool:
+            for _ in range(2):  # the second episode counts anew
+                pool.reset({4: 0})
+                ends = [pool.step({4: "east"})[4][2:4] for _ in range(limit)]
+                assert ends == [(False, False)] * (limit - 1) + [(False, True)]
+    assert "truncated after 3 steps" in check_world("testing_short")
 
 
 # ---- finding a world -----------------------------------------------------------------------------

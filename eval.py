@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 import envs
 from config import EVAL_TEMPERATURE, ConfigError
 from rollout import collect
+from support import viewer
 from support.arguments import read_eval_arguments
 from support.distributed import make_accelerator
 from support.loading import choose_tasks, load_actor, load_evaluated, load_tokenizer
@@ -61,6 +62,7 @@ def main(argv=None):
         accelerator = make_accelerator()
         tokenizer = load_tokenizer(folder)
         actor = load_actor(folder, config, torch.float32).to(accelerator.device)
+        played = []
         with accelerator.autocast():
             result = evaluate(
                 actor,
@@ -71,7 +73,10 @@ def main(argv=None):
                 tasks,
                 temperature=0.0 if args.greedy else args.temperature,
                 seed=args.seed,
+                progress=played.append,
             )
+            if args.html:
+                viewer.write_evaluation(args, played, actor, config, tokenizer, accelerator)
     except (ConfigError, OSError, ValueError, RuntimeError) as error:
         sys.exit(fail(error))
     protocol = {

@@ -32,9 +32,8 @@ from baselines import baseline_advantages
 from config import Config, ConfigError, check
 from eval import choose_tasks, evaluate, fail
 from rollout import collect, make_batch
-from support import checkpoint
+from support import checkpoint, viewer
 from support.arguments import read_config
-from support.batch import append_keep_block
 from support.distributed import (
     finish,
     is_sharded,
@@ -55,7 +54,7 @@ from support.metrics import (
     timed,
 )
 from support.ppo import draw_minibatches, explained_variances, update
-from support.scoring import compute_logprobs_and_values, micro_batches
+from support.scoring import score
 
 
 @dataclass
@@ -76,7 +75,10 @@ class Run:
 
 
 def train_iteration(run, iteration):
-    """Collect, score, estimate advantages, update, log -> (metrics, episodes, advantages)."""
+    """Collect, score, estimate advantages, update, log.
+
+    -> (metrics, episodes, PolicyOutput of the old policy, advantages).
+    """
     config, accelerator = run.config, run.accelerator
     lr = start_iteration(run, iteration)
     seconds = {}
@@ -90,7 +92,7 @@ def train_iteration(run, iteration):
     with timed("score", seconds), accelerator.autocast():
         batch = make_batch(episodes, run.tokenizer, config.group_size)
         minibatches = draw_minibatches(run, batch.samples)
-        old, ref_logprobs, end_values, v_keep = score(run, batch, minibatches)
+        old, ref_logprobs, end_values, v_keep = score(run, batch, sum(minibatches, []))
 
     # 3. Estimate advantages.
     if config.method == "hiper":
@@ -121,7 +123,7 @@ def train_iteration(run, iteration):
         "seconds": seconds,
         "turns_per_second": turns / seconds["rollout"],
     }
-    return metrics, episodes, advantages
+    return metrics, episodes, old, advantages
 
 
 def start_iteration(run, iteration):
@@ -143,34 +145,6 @@ def draw_tasks(run, iteration):
     drawn = [rng.randrange(size) for _ in range(config.episodes // config.group_size)]
     mine = drawn[accelerator.process_index :: accelerator.num_processes]
     return [task for task in mine for _ in range(config.group_size)]
-
-
-def score(run, batch, minibatches):
-    """-> (old PolicyOutput, reference log-probs, PolicyOutput of the final states, V_low of the
-    carried subgoals [N]); the last three are None where they are not needed.
-
-    The old policy is scored in the micro-batches of the update, so that the ratio is 1 in the
-    first PPO step.
-    """
-    config = run.config
-    batches = [rows for micro in minibatches for rows in micro]
-    old = compute_logprobs_and_values(run.model, batch.samples, batches)
-    ref_logprobs = end_values = v_keep = None
-    if run.reference:
-        output = compute_logprobs_and_values(run.reference, batch.samples, batches)
-        ref_logprobs = output.logprobs
-    if config.has_critic and config.bootstrap:
-        end_values = score_values(run, batch.final_states)
-    if config.needs_keep_value:  # as if KEEP had been written
-        prompts = batch.samples.prompts
-        kept = append_keep_block(prompts, batch.prev_subgoals, run.tokenizer)
-        v_keep = score_values(run, kept).v_low
-    return old, ref_logprobs, end_values, v_keep
-
-
-def score_values(run, samples):
-    batches = micro_batches(samples.total_lengths(), run.config.micro_batch_tokens)
-    return compute_logprobs_and_values(run.model, samples, batches, logprobs=False)
 
 
 # ---- the run -----------------------------------------------------------------------------------
@@ -223,7 +197,7 @@ def train_iterations(run, out, first, log):
         disable=None if accelerator.is_main_process else True,  # None: where there is no terminal
     )
     for iteration in bar:
-        metrics, episodes, advantages = train_iteration(run, iteration)
+        metrics, episodes, old, advantages = train_iteration(run, iteration)
         log["lines"].append(metrics)
         shown = format_iteration(metrics)
         bar.set_postfix_str(shown)
@@ -239,6 +213,8 @@ def train_iterations(run, out, first, log):
         if accelerator.is_main_process:
             checkpoint.write_log(out, log)
         done = iteration + 1
+        if done % config.save_every == 0 or done == config.iterations:
+            viewer.write_training(out, done, run, episodes, old, advantages)
         if done % config.save_every == 0 and done < config.iterations:
             checkpoint.save_checkpoint(out, run, done, log)
 

@@ -210,7 +210,7 @@ def sample(run, episodes):
     import envs
     from rollout import collect
     from support.batch import make_batch
-    from train import score_values
+    from support.scoring import score_values
 
     config = run.config
     set_seed(config.seed)

@@ -75,6 +75,7 @@ def read_eval_arguments(argv):
     add("--greedy", action="store_true", help="take the most probable tokens")
     add("--seed", type=int, help="default: the run's, as in training")
     add("--json", type=Path, help="write the result to this file")
+    add("--html", type=Path, help="write the episodes to this file, to look at in a browser")
     args, settings = parser.parse_known_args(argv)
     if zero_shot and settings and not settings[0].startswith("-"):
         raise ConfigError(f"{settings[0]!r} and --model: give either a run or a model")
@@ -83,8 +84,10 @@ def read_eval_arguments(argv):
             f"the run in {args.out} has its own settings: leave out "
             f"{settings[0] if settings else '--env'}"
         )
-    if args.json and not args.json.absolute().parent.is_dir():
-        raise ConfigError(f"--json: there is no folder {args.json.parent}")
+    for name in ("json", "html"):
+        path = getattr(args, name)
+        if path and not path.absolute().parent.is_dir():
+            raise ConfigError(f"--{name}: there is no folder {path.parent}")
     if args.episodes is not None and args.episodes < 1:
         raise ConfigError("--episodes must be 1 or more")
     env = ["--env", args.env] if args.env else []

@@ -3,6 +3,7 @@
 import torch
 
 from hiper import PolicyOutput
+from support.batch import append_keep_block
 from support.distributed import equal_passes
 
 
@@ -41,3 +42,31 @@ def compute_logprobs_and_values(policy, samples, batches, *, logprobs=True, valu
             if part is not None:
                 whole[rows] = part.float().cpu()
     return PolicyOutput(*token_level, *turn_level)
+
+
+def score(run, batch, batches):
+    """-> (PolicyOutput of the N turns, reference log-probs, PolicyOutput of the final states,
+    V_low of the carried subgoals [N]); the last three are None where they are not needed.
+
+    run: its config, model, tokenizer and reference are used. batches: training scores the old
+    policy in the micro-batches of the update, so that the ratio is 1 in the first PPO step.
+    """
+    config = run.config
+    old = compute_logprobs_and_values(run.model, batch.samples, batches)
+    ref_logprobs = end_values = v_keep = None
+    if run.reference:
+        output = compute_logprobs_and_values(run.reference, batch.samples, batches)
+        ref_logprobs = output.logprobs
+    if config.has_critic and config.bootstrap:
+        end_values = score_values(run, batch.final_states)
+    if config.needs_keep_value:  # as if KEEP had been written
+        prompts = batch.samples.prompts
+        kept = append_keep_block(prompts, batch.prev_subgoals, run.tokenizer)
+        v_keep = score_values(run, kept).v_low
+    return old, ref_logprobs, end_values, v_keep
+
+
+def score_values(run, samples):
+    """PolicyOutput with values only."""
+    batches = micro_batches(samples.total_lengths(), run.config.micro_batch_tokens)
+    return compute_logprobs_and_values(run.model, samples, batches, logprobs=False)

@@ -77,6 +77,7 @@ def test_training_writes_what_it_promises(trained):
         "actor",
         "best",
         "start",
+        "episodes.html",
     }
     settings = json.loads((trained.out / "config.json").read_text())
     assert settings == dataclasses.asdict(read_config(flags("run")))

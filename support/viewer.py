@@ -1,0 +1,246 @@
+"""The episode viewer: episodes with their segments, tokens, values and advantages as one HTML file.
+
+`python eval.py OUT --html FILE` and training (OUT/episodes.html) write it. viewer.html shows it.
+
+B episodes, T turns, N turns in all, L response tokens.
+"""
+
+import codecs
+from types import SimpleNamespace
+
+import torch
+from accelerate.utils import gather_object
+
+import envs
+import hiper
+from baselines import baseline_advantages
+from hae import gae, normalize
+from support.batch import make_batch
+from support.pages import write_page
+from support.scoring import compute_logprobs_and_values, micro_batches, score
+from support.tokens import response_text, token_bytes
+
+IN_TRAINING = 64  # episodes of an iteration that training writes
+LETTERS = {"switch": "s", "subgoal": "o", "action": "a"}  # a token's decision; "." for none
+
+
+def write_training(out, done, run, episodes, old, advantages):
+    """OUT/episodes.html: episodes of iteration `done` (from 1) with the credit that it used.
+
+    run: train.Run; old: PolicyOutput of the policy that played; advantages: TokenAdvantages.
+    """
+    if not run.accelerator.is_main_process:
+        return
+    config = run.config
+    shown = episodes[:IN_TRAINING]
+    data = page_data(shown, old, advantages, config, run.tokenizer, has_critic=config.has_critic)
+    data["title"] = f"{out}, iteration {done}"
+    data["note"] = (
+        f"{len(shown)} of {len(episodes)} training episodes, sampled at temperature 1. Values and "
+        "advantages are those that this iteration's update used."
+    )
+    write_page(out / "episodes.html", "viewer.html", data)
+
+
+def write_evaluation(args, played, actor, config, tokenizer, accelerator):
+    """Score the episodes that eval.py played under the run's policy and write args.html.
+
+    played: this process's Episodes, in any order; the first process writes those of all.
+    """
+    episodes = sorted(gather_object(played), key=lambda episode: episode.index)
+    if not accelerator.is_main_process:
+        return
+    out = getattr(args, "out", None)  # None with --model
+    out = getattr(args, "out", None)  # None with --model
+    policy, note = load_policy_with_critic(actor, config, out)
+    old, advantages = score_episodes(policy, episodes, config, tokenizer)
+    has_critic = advantages is not None
+    data = page_data(episodes, old, advantages, config, tokenizer, has_critic=has_critic)
+    split = args.split or envs.world(config.env).SPLITS[-1]
+    data["title"] = f"{out or args.model}, {split}"
+    data["note"] = note
+    write_page(args.html, "viewer.html", data)
+
+
+def score_episodes(policy, episodes, config, tokenizer):
+    """-> (PolicyOutput, TokenAdvantages over these episodes, or None without value heads)."""
+    batch = make_batch(episodes, tokenizer)
+    batches = micro_batches(batch.samples.total_lengths(), config.micro_batch_tokens)
+    if policy.value_heads is None:
+        return compute_logprobs_and_values(policy, batch.samples, batches), None
+    run = SimpleNamespace(config=config, model=policy, tokenizer=tokenizer, reference=None)
+    old, _, end_values, v_keep = score(run, batch, batches)
+    if config.method != "hiper":
+        advantages = baseline_advantages(batch, old, config, normalize, end_values=end_values)
+    else:
+        advantages = hiper.hiper_advantages(
+            batch, old, config, normalize, end_values=end_values, v_keep=v_keep
+        )
+    return old, advantages
+
+
+def load_policy_with_critic(actor, config, out):
+    """The actor with the value heads of OUT/checkpoint -> (ActorCritic, a sentence on it)."""
+    note = "Probabilities are the policy's own, at temperature 1."
+    if not config.has_critic:
+        return hiper.ActorCritic(actor, "none"), f"{note} {config.method} has no critic."
+    weights = out / "checkpoint" / "pytorch_model.bin" if out else None
+    if weights is None or not weights.is_file():
+        why = f"{weights} is not there" if out else "the model is not trained"
+        return hiper.ActorCritic(
+            actor, "none"
+        ), f"{note} No values or advantages, no critic: {why}."
+    policy = hiper.ActorCritic(actor, config.critic)
+    policy.load_state_dict(torch.load(weights, weights_only=True, map_location="cpu"))
+    return policy.to(actor.device), note
+
+
+# ---- episodes as plain numbers -----------------------------------------------------------------
+
+
+class Texts:
+    """Texts that occur often, each written once: `self(text)` is its number."""
+
+    def __init__(self):
+        self.number_of = {}
+
+    def __call__(self, text):
+        return self.number_of.setdefault(text, len(self.number_of))
+
+    def lines(self, text):
+        return [self(line) for line in text.split("\n")]
+
+
+def page_data(episodes, old, advantages, config, tokenizer, *, has_critic):
+    """What viewer.html shows of `episodes`, as plain Python.
+
+    old: PolicyOutput and advantages: TokenAdvantages, or None, of a batch that begins with these
+    episodes. has_critic: whether the values of `old` mean anything.
+    """
+    batch = make_batch(episodes, tokenizer)
+    texts, tokens = Texts(), Texts()
+    flat = flat_gae(batch, old, advantages, config) if has_critic else None
+    shown, n = [], 0  # n: turn of the batch
+    for b, episode in enumerate(episodes):
+        turns = []
+        for t, turn in enumerate(episode.turns):
+            record = _turn(turn, old, n, batch.samples.masks, tokenizer, texts, tokens)
+            record["trained"] = _trained(advantages, n, len(turn.response))
+            if has_critic:
+                values = [old.v_high[n], old.v_low[n], old.v_switch[n]]
+                values = values if config.method == "hiper" else values[:1]
+                record["values"] = [_round(value) for value in values]
+            if advantages is not None:
+                record["raw"] = _raw(advantages, b, t, turn, config)
+                record["scaled"] = _scaled(advantages, n, batch.samples.masks)
+            if flat is not None:
+                record["flat"] = _round(flat[b, t])
+            turns.append(record)
+            n += 1
+        shown.append(
+            {
+                "task": episode.task,
+                "type": episode.task_type,
+                "index": episode.index,
+                "success": bool(episode.success),
+                "score": _round(episode.task_score),
+                "truncated": bool(episode.truncated),
+                "turns": turns,
+            }
+        )
+    settings = ("env", "method", "gamma", "lam_low", "lam_high", "gae_lambda", "switch_advantage")
+    return {
+        "settings": {name: getattr(config, name) for name in settings},
+        "texts": list(texts.number_of),
+        "tokens": list(tokens.number_of),
+        "episodes": shown,
+    }
+
+
+def flat_gae(batch, old, advantages, config):
+    """Flat GAE [B, T] with HAE's own V_low, gamma and lam_low: only the boundaries are missing.
+
+    None for other methods. The last turn's delta is HAE's, whatever it bootstraps from.
+    """
+    if config.method != "hiper" or advantages is None:
+        return None
+    rows = len(batch.samples.prompts)
+    v_low = batch.to_grid(old.v_low[:rows])
+    columns = batch.mask.shape[1]
+    a_low = advantages.raw["A_action"][: len(batch.mask), :columns]
+    last = torch.zeros_like(batch.mask)
+    last[torch.arange(len(last)), batch.mask.sum(1) - 1] = True
+    rewards = torch.where(last, a_low + v_low, batch.rewards)
+    return gae(rewards, batch.mask, v_low, gamma=config.gamma, lam=config.lam_low)[0]
+
+
+def _turn(turn, old, n, masks, tokenizer, texts, tokens):
+    """What is known of a turn without a critic."""
+    decision = turn.decision
+    length = len(turn.response)
+    logprobs = old.logprobs[n, :length]
+    kinds = ["."] * length
+    for kind, letter in LETTERS.items():
+        for i in getattr(masks, kind)[n, :length].nonzero().flatten().tolist():
+            kinds[i] = letter
+    written = masks.switch[n, :length]
+    p_switch = None  # beta: the probability of SWITCH
+    if written.any():
+        p_written = logprobs[written].sum().exp()
+        p_switch = _round(p_written if decision.switch else 1 - p_written)
+    return {
+        "observation": texts.lines(turn.observation),
+        "prompt": texts.lines(response_text(turn.prompt, tokenizer)),
+        "tokens": [tokens(text) for text in token_texts(turn.response, tokenizer)],
+        "p": [round(float(p), 3) for p in logprobs.exp()],
+        "kinds": "".join(kinds),
+        "start": bool(turn.is_segment_start),
+        "switch": bool(decision.switch),
+        "subgoal": turn.subgoal,
+        "drift": bool(decision.valid and decision.subgoal and decision.subgoal != turn.subgoal),
+        "action": decision.action,
+        "error": decision.error,
+        "reward": _round(turn.reward),
+        "beta": p_switch,
+    }
+
+
+def token_texts(ids, tokenizer):
+    """The text of each token. A character that several tokens share stands with its last one."""
+    table = token_bytes(tokenizer)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    return [decoder.decode(table[i], final=k == len(ids) - 1) for k, i in enumerate(ids)]
+
+
+def _trained(advantages, n, length):
+    """A digit per token: 1 where the policy loss trains it."""
+    if advantages is None:
+        return ""
+    return "".join("1" if on else "0" for on in advantages.token_mask[n, :length].tolist())
+
+
+def _raw(advantages, b, t, turn, config):
+    """{decision, or "all": advantage before normalisation}, for the decisions of this turn."""
+    raw = {name: _round(values[b, t]) for name, values in advantages.raw.items()}
+    if "A" in raw:
+        return {"all": raw["A"]}
+    found = {"a": raw["A_action"]}
+    if turn.is_segment_start:
+        found["o"] = raw["A_subgoal"]
+    if t > 0 and config.segments == "learned":
+        found["s"] = raw["A_switch"]
+    return found
+
+
+def _scaled(advantages, n, masks):
+    """{decision, or "all": advantage of its tokens as the loss uses it}."""
+    width = masks.action.shape[1]
+    values, trained = advantages.advantages[n, :width], advantages.token_mask[n, :width]
+    if "A" in advantages.raw:
+        return {"all": _round(values[0])}
+    spans = {letter: getattr(masks, kind)[n] & trained for kind, letter in LETTERS.items()}
+    return {letter: _round(values[span][0]) for letter, span in spans.items() if span.any()}
+
+
+def _round(x):
+    return float(f"{float(x):.4g}")

@@ -1,0 +1,235 @@
+"""support/viewer.py and viewer.html: what is shown is what was computed, and nothing in it runs."""
+
+import json
+import random
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import eval as evaluation
+from browser import dump_dom
+from hae import gae
+from support.pages import as_json, write_page
+from support.tokens import response_text
+from support.viewer import page_data, score_episodes, token_texts, write_training
+from update_tools import make_episode, plain_config
+
+HOSTILE = (
+    "</script><script>document.title='ran'</script><img src=x onerror=\"document.title='ran'\">"
+    "<svg onload=\"document.title='ran'\">' \" onclick=\"document.title='ran'\" {{DATA}} \u2028 é"
+)
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.fixture
+def episodes(tiny_tokenizer):
+    rng = random.Random(0)
+    return [make_episode(rng, tiny_tokenizer, turns) for turns in (5, 1, 7)]
+
+
+def shown_data(path):
+    """The data that a page holds."""
+    text = path.read_text(encoding="utf-8")
+    [data] = re.findall(r'<script id="data" type="application/json">(.*?)</script>', text, re.S)
+    return json.loads(data)
+
+
+def data_of(policy, episodes, tokenizer, **changes):
+    config = plain_config(**changes)
+    old, advantages = score_episodes(policy, episodes, config, tokenizer)
+    has_critic = advantages is not None
+    data = page_data(episodes, old, advantages, config, tokenizer, has_critic=has_critic)
+    return data, old, advantages
+
+
+@pytest.mark.parametrize("switch_advantage", ["closed_form", "value_head"])
+def test_the_page_shows_what_was_computed(tiny_policy, tiny_tokenizer, episodes, switch_advantage):
+    changes = dict(switch_advantage=switch_advantage, bootstrap=True)
+    data, old, advantages = data_of(tiny_policy, episodes, tiny_tokenizer, **changes)
+    n = 0
+    for b, (episode, shown) in enumerate(zip(episodes, data["episodes"], strict=True)):
+        assert (shown["task"], shown["success"]) == (episode.task, episode.success)
+        for t, (turn, record) in enumerate(zip(episode.turns, shown["turns"], strict=True)):
+            said = "".join(data["tokens"][i] for i in record["tokens"])
+            assert said == response_text(turn.response, tiny_tokenizer)
+            prompt = "\n".join(data["texts"][i] for i in record["prompt"])
+            assert prompt == response_text(turn.prompt, tiny_tokenizer)
+            length = len(turn.response)
+            assert record["p"] == pytest.approx(old.logprobs[n, :length].exp().tolist(), abs=6e-4)
+            assert record["values"] == pytest.approx(
+                [float(old.value(head)[n]) for head in ("high", "low", "switch")], rel=1e-3
+            )
+            raw = {"a": advantages.raw["A_action"]}
+            if turn.is_segment_start:
+                raw["o"] = advantages.raw["A_subgoal"]
+            if t > 0:
+                raw["s"] = advantages.raw["A_switch"]
+            expected = {letter: float(values[b, t]) for letter, values in raw.items()}
+            assert record["raw"] == pytest.approx(expected, rel=1e-3)
+            for i in range(length):
+                trained = bool(advantages.token_mask[n, i])
+                assert record["trained"][i] == "01"[trained]
+                if trained:
+                    shade = record["scaled"][record["kinds"][i]]
+                    assert shade == pytest.approx(float(advantages.advantages[n, i]), rel=1e-3)
+            n += 1
+
+
+def test_flat_gae_stands_beside_hae(tiny_policy, tiny_tokenizer, episodes):
+    """The same V_low, gamma and lambda: in the last segment both are equal, before it only flat
+    GAE sees past the boundary."""
+    data, old, _ = data_of(tiny_policy, episodes, tiny_tokenizer)
+    turns = data["episodes"][2]["turns"]
+    rewards = torch.tensor([[turn.reward for turn in episodes[2].turns]])
+    v_low = old.v_low[-len(turns) :][None]
+    mask = torch.ones_like(rewards, dtype=torch.bool)
+    expected, _ = gae(rewards, mask, v_low, gamma=0.9, lam=0.8)
+    assert [turn["flat"] for turn in turns] == pytest.approx(expected[0].tolist(), rel=1e-3)
+    last = max(t for t, turn in enumerate(turns) if turn["start"])
+    assert last > 0
+    for t, turn in enumerate(turns):
+        assert (turn["flat"] == pytest.approx(turn["raw"]["a"], rel=1e-3)) == (t >= last)
+
+
+@pytest.mark.parametrize("method, values", [("ppo", True), ("grpo", False)])
+def test_baselines_have_one_advantage_and_no_subgoals_value(
+    tiny_policy, tiny_tokenizer, episodes, method, values
+):
+    if not values:
+        tiny_policy.value_heads = None
+    data, _, _ = data_of(tiny_policy, episodes, tiny_tokenizer, method=method)
+    for turn in data["episodes"][0]["turns"]:
+        assert len(turn["p"]) == len(turn["tokens"])
+        assert ("values" in turn) == ("raw" in turn) == values
+        assert "flat" not in turn
+        if values:
+            assert set(turn["raw"]) == {"all"}
+            assert len(turn["values"]) == 1
+
+
+def test_a_character_of_several_tokens_is_not_lost(tiny_tokenizer):
+    ids = [*tiny_tokenizer("é\u4e2d<action>", add_special_tokens=False)["input_ids"], 200]
+    assert "".join(token_texts(ids, tiny_tokenizer)) == response_text(ids, tiny_tokenizer)
+
+
+def hostile_page(tiny_policy, tiny_tokenizer, tmp_path):
+    """A page whose world and model write HTML."""
+    episode = make_episode(random.Random(0), tiny_tokenizer, 3)
+    ids = tiny_tokenizer(HOSTILE, add_special_tokens=False)["input_ids"]
+    turns = [
+        replace(
+            turn,
+            prompt=ids,
+            response=ids,
+            observation=HOSTILE,
+            subgoal=HOSTILE,
+            decision=turn.decision._replace(subgoal=HOSTILE, action=HOSTILE, error=HOSTILE),
+        )
+        for turn in episode.turns
+    ]
+    episode = replace(episode, task=HOSTILE, task_type=HOSTILE, turns=turns)
+    data, *_ = data_of(tiny_policy, [episode], tiny_tokenizer)
+    path = tmp_path / "page.html"
+    write_page(path, "viewer.html", {"title": f"title {HOSTILE}", "note": HOSTILE, **data})
+    return path
+
+
+def test_nothing_that_a_world_writes_can_end_the_data(tiny_policy, tiny_tokenizer, tmp_path):
+    path = hostile_page(tiny_policy, tiny_tokenizer, tmp_path)
+    assert shown_data(path)["episodes"][0]["task"] == HOSTILE
+    page = path.read_text(encoding="utf-8")
+    assert page.count("<script") == page.count("</script>") == 2  # the data and our own
+    assert "<img" not in page
+    script = page.split("<script>")[1]
+    for danger in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
+        assert danger not in script
+    for network in ("http://", "https://", "fetch(", "XMLHttpRequest", "import("):
+        assert network not in script.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_nothing_that_a_world_writes_runs_in_a_browser(tiny_policy, tiny_tokenizer, tmp_path):
+    path = hostile_page(tiny_policy, tiny_tokenizer, tmp_path)
+    dom = dump_dom(f"{path.as_uri()}#episode=0&turn=2", tmp_path)
+    assert "<title>title &lt;/script&gt;" in dom  # not "ran"
+    assert "<img" not in dom
+    assert dom.count("<script") == 2
+    assert dom.count("&lt;img src=x onerror=") > 10  # shown as text, in all places
+    assert 'id="turn-2"' in dom
+
+
+def test_the_browser_shows_the_episode_of_the_link(tiny_policy, tiny_tokenizer, episodes, tmp_path):
+    data, *_ = data_of(tiny_policy, episodes, tiny_tokenizer)
+    path = tmp_path / "page.html"
+    write_page(path, "viewer.html", {"title": "t", "note": "n", **data})
+    dom = dump_dom(f"{path.as_uri()}#episode=2&turn=3", tmp_path)
+    assert len(re.findall(r'id="turn-\d+"', dom)) == 7
+    assert re.search(r'class="turn here" id="turn-3"', dom)
+    assert dom.count('class="item ') == 3
+
+
+def test_sixty_four_episodes_are_under_three_megabytes(tiny_policy, tiny_tokenizer, tmp_path):
+    """With ALFWorld's lengths: 30 turns, 700 tokens of prompt, most of it the same every turn."""
+    rules = "Answer with these three blocks and nothing else. " * 40
+    admissible = [f"go to shelf {n}" for n in range(30)]
+    rng = random.Random(1)
+
+    def prompt():
+        text = f"{rules}\nYou see {rng.random()}\nActions: {rng.sample(admissible, 20)}"
+        return tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    one = make_episode(rng, tiny_tokenizer, 30)
+    many = [
+        replace(one, turns=[replace(turn, prompt=prompt()) for turn in one.turns]) for _ in range(4)
+    ]
+    data, *_ = data_of(tiny_policy, many, tiny_tokenizer)
+    assert len(as_json(data)) * 16 < 3e6
+
+
+def test_what_is_not_finite_is_null():
+    assert (
+        as_json({"x": [float("nan"), float("inf"), 1.5, "<"]}) == '{"x":[null,null,1.5,"\\u003c"]}'
+    )
+
+
+def test_training_writes_only_the_first_episodes(tiny_policy, tiny_tokenizer, episodes, tmp_path):
+    config = plain_config()
+    many = episodes * 30
+    old, advantages = score_episodes(tiny_policy, many, config, tiny_tokenizer)
+    accelerator = SimpleNamespace(is_main_process=True)
+    run = SimpleNamespace(config=config, tokenizer=tiny_tokenizer, accelerator=accelerator)
+    write_training(tmp_path, 7, run, many, old, advantages)
+    data = shown_data(tmp_path / "episodes.html")
+    assert len(data["episodes"]) == 64
+    assert "iteration 7" in data["title"]
+    assert "64 of 90" in data["note"]
+    write_training(
+        tmp_path,
+        8,
+        SimpleNamespace(**{**vars(run), "accelerator": SimpleNamespace(is_main_process=False)}),
+        many,
+        old,
+        advantages,
+    )
+    assert "iteration 7" in shown_data(tmp_path / "episodes.html")["title"]
+
+
+def test_evaluation_writes_its_episodes(trained, tmp_path):
+    """With the critic of the run's checkpoint; best/ has none, and the page says so."""
+    page = tmp_path / "page.html"
+    evaluation.main([str(trained.out), "--episodes", "3", "--html", str(page)])
+    data = shown_data(page)
+    assert len(data["episodes"]) == 3
+    assert "unseen" in data["title"]
+    assert all("raw" in turn and "values" in turn for turn in data["episodes"][0]["turns"])
+    evaluation.main([str(trained.out / "best"), "--episodes", "2", "--html", str(page)])
+    data = shown_data(page)
+    assert "no critic" in data["note"]
+    assert all("p" in turn and "raw" not in turn for turn in data["episodes"][0]["turns"])
+    assert "iteration 3" in shown_data(trained.out / "episodes.html")["title"]

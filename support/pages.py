@@ -10,20 +10,20 @@ import base64
 import hashlib
 import json
 import math
-import re
 from pathlib import Path
 
 HERE = Path(__file__).parent
 
 
 def write_page(path, template, data):
-    """Write `template` (a file of this folder) with `data` (what JSON can hold) to `path`.
+    """Write `template` (NAME.html of this folder, whose script is NAME.js) with `data` to `path`.
 
-    Numbers that are not finite become null. OSError where the file cannot be written.
+    data: what JSON can hold; numbers that are not finite become null. OSError where the file cannot be written.
     """
     page = (HERE / template).read_text(encoding="utf-8")
     page = page.replace("{{STYLE}}", (HERE / "pages.css").read_text(encoding="utf-8"))
-    [script] = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    script = (HERE / template).with_suffix(".js").read_text(encoding="utf-8")
+    page = page.replace("<script></script>", f"<script>{script}</script>")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = page.replace("{{HASH}}", digest)
     before, after = page.split("{{DATA}}")

@@ -12,7 +12,6 @@ token counts and advantage normalisation are global. Each iteration seeds itself
 iteration, process), so a run that was stopped goes on as if it had not been.
 """
 
-import errno
 import os
 import random
 import sys
@@ -44,6 +43,7 @@ from support.distributed import (
     say,
     whole_weights,
 )
+from support.files import disk_errors
 from support.loading import check_world_and_model, describe_run, load_policy, make_optimizer
 from support.metrics import (
     collapse_warning,
@@ -55,6 +55,7 @@ from support.metrics import (
 )
 from support.ppo import draw_minibatches, explained_variances, update
 from support.scoring import score
+from support.stopping import Stopped, Stopping, leave
 
 
 @dataclass
@@ -163,18 +164,21 @@ def make_run(config, out, pool, accelerator):
 def train(config, accelerator, out):
     """All iterations, from the last checkpoint on -> the log."""
     split = envs.world(config.env).SPLITS[0]
-    with envs.EnvPool(config.env, split, **envs.world_options(config)) as pool:
+    with (
+        envs.EnvPool(config.env, split, **envs.world_options(config)) as pool,
+        Stopping(out, accelerator) as stopping,
+    ):
         run = make_run(config, out, pool, accelerator)
         say(accelerator, describe_run(run, out))
         first, log = checkpoint.load_checkpoint(out, run)
         if first == 0:
             evaluate_run(run, log, 0)
+        train_iterations(run, out, first, log, stopping)
+        if log["evals"][-1]["iteration"] < config.iterations:
+            evaluate_run(run, log, config.iterations)
+            checkpoint.save_log(out, run, log)
         elif first == config.iterations:
             say(accelerator, f"{out} has all its {first} iterations: nothing is left to do")
-        train_iterations(run, out, first, log)
-        if first < config.iterations:
-            evaluate_run(run, log, config.iterations)
-            checkpoint.save_checkpoint(out, run, config.iterations, log)
     first, last = log["evals"][0], log["evals"][-1]
     before, after = 100 * first["success"], 100 * last["success"]
     say(
@@ -185,7 +189,7 @@ def train(config, accelerator, out):
     return log
 
 
-def train_iterations(run, out, first, log):
+def train_iterations(run, out, first, log, stopping):
     """Iterations `first` to the last, with their log lines, warnings and checkpoints."""
     config, accelerator = run.config, run.accelerator
     bar = tqdm(
@@ -196,7 +200,7 @@ def train_iterations(run, out, first, log):
         unit="it",
         disable=None if accelerator.is_main_process else True,  # None: where there is no terminal
     )
-    for iteration in bar:
+    for iteration in stopping.whole(bar):
         metrics, episodes, old, advantages = train_iteration(run, iteration)
         log["lines"].append(metrics)
         shown = format_iteration(metrics)
@@ -213,10 +217,12 @@ def train_iterations(run, out, first, log):
         if accelerator.is_main_process:
             checkpoint.write_log(out, log)
         done = iteration + 1
-        if done % config.save_every == 0 or done == config.iterations:
-            viewer.write_training(out, done, run, episodes, old, advantages)
-        if done % config.save_every == 0 and done < config.iterations:
+        stopped = stopping.asked()
+        if stopped or done % config.save_every == 0 or done == config.iterations:
             checkpoint.save_checkpoint(out, run, done, log)
+            viewer.write_training(out, done, run, episodes, old, advantages)
+        if stopped:
+            raise stopped
 
 
 def evaluate_run(run, log, iteration):
@@ -253,21 +259,12 @@ def main(argv=None):
         if is_sharded(accelerator) and config.optimizer != "adamw":
             raise ConfigError(f"--optimizer {config.optimizer} does not work with FSDP: take adamw")
         out = Path(config.out)
-        if accelerator.is_main_process:
-            checkpoint.prepare_run_dir(out, config)
-        accelerator.wait_for_everyone()
-        train(config, accelerator, out)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        sys.exit(
-            fail(
-                f"cannot write to {config.out} ({error.strerror}): make room, then give the same "
-                "command again; it goes on from the last checkpoint"
-            )
-        )
+        with disk_errors(out), checkpoint.run_dir(out, config, accelerator):
+            train(config, accelerator, out)
     except (ConfigError, FloatingPointError) as error:
         sys.exit(fail(error))
+    except Stopped as stopped:
+        leave(stopped, accelerator)
     finish(accelerator)
 
 

@@ -1,36 +1,55 @@
 """The files of a run, so that one that was killed goes on as if it had not been.
 
     config.json                     the settings
-    checkpoint/                     Accelerate's state (weights, optimizer), iteration and log;
-                                    checkpoint.old/ is the one before
+    checkpoint/                     Accelerate's state (weights, optimizer); run.json has iteration,
+                                    log and checksums; checkpoint.old/ is the one before
     actor/, best/                   the actor in Hugging Face's format: of the last save, and of the
                                     save before which most training episodes succeeded
     metrics.jsonl, evals.jsonl      the log; curve.png shows it
+    lock                            empty; locked while the run lives
 
-Each is complete before it takes its predecessor's place. Random states need no saving: every
-iteration seeds itself.
+Each is complete and on the disk before it takes its predecessor's place. Random states need no
+saving: every iteration seeds itself.
 """
 
+import contextlib
 import dataclasses
-import errno
+import hashlib
 import json
-import pickle
 import shutil
 from pathlib import Path
 from statistics import mean
 
-from safetensors import SafetensorError
+import torch
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from config import Config, ConfigError
+from support.files import sha256, swap_in, write_whole
 from support.plots import plot_curves
 
 # Settings that do not change what is learnt: a run goes on with others.
 FREE = {"out", "iterations", "micro_batch_tokens", "num_envs", "save_every", "eval_episodes"}
 
 
+@contextlib.contextmanager
+def run_dir(out, config, accelerator):
+    """The folder of a run, kept from other runs during the block. Called by all processes."""
+    held = refusal = None
+    if accelerator.is_main_process:
+        try:
+            held = prepare_run_dir(out, config)
+        except ConfigError as error:
+            refusal = str(error)
+    [refusal] = broadcast_object_list([refusal])
+    if refusal:
+        raise ConfigError(refusal)
+    with held or contextlib.nullcontext():
+        yield
+
+
 def prepare_run_dir(out, config):
-    """Make the folder of a new run, or accept the folder of the same run.
+    """Make the folder of a new run, or accept the folder of the same run -> its locked file.
 
     ConfigError, with nothing touched, otherwise. A new run's folder may hold `start/`, the clone
     of another run, from which it then begins.
@@ -47,11 +66,34 @@ def prepare_run_dir(out, config):
         if differs:
             tqdm.write(f"{out} goes on with other settings: {'; '.join(differs.values())}")
     elif out.exists():
-        if not out.is_dir() or {entry.name for entry in out.iterdir()} - {"config.tmp", "start"}:
+        names = {"config.tmp", "start", "lock"}
+        if not out.is_dir() or {entry.name for entry in out.iterdir()} - names:
             raise ConfigError(f"{out} exists and is not a run of this script: give another --out")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.tmp").write_text(json.dumps(mine, indent=1))
-    (out / "config.tmp").replace(path)
+    held = lock(out)
+    write_whole(path, json.dumps(mine, indent=1))
+    return held
+
+
+def lock(out):
+    """OUT/lock, open and locked. The lock ends with the process, also where it is killed.
+
+    ConfigError where another run holds it. Where the system has no such locks (Windows, some
+    network file systems) nothing is locked.
+    """
+    file = open(out / "lock", "a")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ConfigError(
+            f"another run is writing to {out}: wait for its end, stop it, or give another --out"
+        ) from None
+    except (ImportError, OSError):
+        pass
+    return file
 
 
 def differences(path, mine):
@@ -76,30 +118,54 @@ def save_checkpoint(out, run, iteration, log):
     """Everything that `load_checkpoint` needs, and the actor. Called by all processes.
 
     run: train.Run; log: {"lines": metrics of each iteration, "evals": evaluations}.
+    FloatingPointError, with nothing written, where a weight is NaN or infinite.
     """
-    accelerator = run.accelerator
+    accelerator, config = run.accelerator, run.config
     temporary = out / "checkpoint.tmp"
-    try:
-        accelerator.save_state(str(temporary), safe_serialization=False)  # files with checksums
-        weights = accelerator.get_state_dict(run.policy)
-        if accelerator.is_main_process:
-            (temporary / "run.json").write_text(json.dumps({"iteration": iteration, "log": log}))
-            folders = [out / "actor"]
-            if is_best(log["lines"], run.config.save_every):
-                folders.append(out / "best")
-            for folder in folders:
-                _save_actor(folder, run, weights)
-    except (RuntimeError, SafetensorError) as error:  # torch and safetensors, where a disk is full
-        raise OSError(errno.ENOSPC, str(error)) from None
+    weights = accelerator.get_state_dict(run.policy)
+    refuse_not_finite(weights, out)
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary), safe_serialization=False)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        files = {
+            str(path.relative_to(temporary)): sha256(path)
+            for path in sorted(temporary.rglob("*"))
+            if path.is_file()
+        }
+        _write_run(temporary, {"iteration": iteration, "log": log, "files": files})
+        _save_actor(out / "actor", run, weights)
+        is_regular = iteration % config.save_every == 0 or iteration == config.iterations
+        if is_regular and is_best(log["lines"], config.save_every):
+            _save_actor(out / "best", run, weights)
         if (out / "checkpoint").exists():
-            shutil.rmtree(out / "checkpoint.old", ignore_errors=True)
-            (out / "checkpoint").rename(out / "checkpoint.old")
-        temporary.rename(out / "checkpoint")
+            swap_in(out / "checkpoint", out / "checkpoint.old")
+        swap_in(temporary, out / "checkpoint")
         write_log(out, log)
         plot_curves(out, log)
     accelerator.wait_for_everyone()
+
+
+def refuse_not_finite(weights, out):
+    """FloatingPointError on all processes where a weight of the main process is not finite."""
+    bad = [name for name, value in weights.items() if not torch.isfinite(value).all()]
+    [bad] = broadcast_object_list([bad])
+    if bad:
+        raise FloatingPointError(
+            f"{bad[0]} has become NaN or infinite: it is not saved, and the last checkpoint "
+            f"in {out} is what it was. Try a smaller --lr"
+        )
+
+
+def save_log(out, run, log):
+    """Another log in the last checkpoint, whose weights stay. Called by all processes."""
+    if run.accelerator.is_main_process:
+        _write_run(out / "checkpoint", {**_read_run(out / "checkpoint"), "log": log})
+        write_log(out, log)
+        plot_curves(out, log)
+    run.accelerator.wait_for_everyone()
 
 
 def _save_actor(folder, run, weights):
@@ -110,8 +176,7 @@ def _save_actor(folder, run, weights):
     shutil.rmtree(temporary, ignore_errors=True)
     actor.save_pretrained(temporary, state_dict={name: weights[f"actor.{name}"] for name in names})
     run.tokenizer.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    swap_in(temporary, folder)
 
 
 def is_best(lines, every):
@@ -124,40 +189,67 @@ def is_best(lines, every):
 
 
 def load_checkpoint(out, run):
-    """Load the last readable checkpoint into the run -> (iteration, log); (0, empty) for none.
+    """Load the last whole checkpoint into the run -> (iteration, log); (0, empty) for none.
 
-    ConfigError where checkpoints exist and none can be read.
+    The log and its picture are written from it, should they be older. Called by all processes.
+    ConfigError where checkpoints exist and none is whole, or where it does not fit the run.
     """
-    damaged = []
-    for folder in (out / "checkpoint", out / "checkpoint.old"):
-        if not folder.exists():
-            continue
-        try:
-            saved = json.loads((folder / "run.json").read_text())
-            run.accelerator.load_state(str(folder))
-            return saved["iteration"], saved["log"]
-        except (
-            OSError,
-            RuntimeError,
-            EOFError,
-            ValueError,
-            KeyError,
-            pickle.UnpicklingError,
-            SafetensorError,
-        ):
-            damaged.append(folder)
-            tqdm.write(f"warning: {folder} is damaged: trying the one before")
-    if damaged:
+    accelerator = run.accelerator
+    found = _find_checkpoint(out) if accelerator.is_main_process else None
+    [(folder, saved, damaged)] = broadcast_object_list([found])
+    if folder is None and damaged:
         raise ConfigError(
             f"no checkpoint of {out} can be read: give another --out, or remove "
             f"{' and '.join(map(str, damaged))} to begin anew"
         )
-    return 0, {"lines": [], "evals": []}
+    if folder is None:
+        return 0, {"lines": [], "evals": []}
+    try:
+        accelerator.load_state(str(folder))
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{folder} is whole but does not fit this run: {reason}") from error
+    if accelerator.is_main_process:
+        write_log(out, saved["log"])
+        plot_curves(out, saved["log"])
+    return saved["iteration"], saved["log"]
+
+
+def _find_checkpoint(out):
+    """-> (folder or None, content of its run.json, damaged folders)"""
+    damaged = []
+    for folder in (out / "checkpoint", out / "checkpoint.old"):
+        if folder.exists():
+            try:
+                return folder, _read_run(folder), damaged
+            except (OSError, ValueError) as error:
+                damaged.append(folder)
+                tqdm.write(f"warning: {folder} is damaged ({error}): trying the one before")
+    return None, None, damaged
+
+
+def _write_run(folder, content):
+    """run.json: iteration, log, {file: its checksum}, and the checksum of all that."""
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    write_whole(folder / "run.json", json.dumps({**content, "sha256": digest}))
+
+
+def _read_run(folder):
+    """The content of run.json. ValueError where it or a file in the folder is damaged."""
+    try:
+        content = json.loads((folder / "run.json").read_text())
+        digest = content.pop("sha256")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError("run.json cannot be read") from None
+    if digest != hashlib.sha256(json.dumps(content).encode()).hexdigest():
+        raise ValueError("run.json is not what was written")
+    for name, digest in content["files"].items():
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
+            raise ValueError(f"{name} is not what was written")
+    return content
 
 
 def write_log(out, log):
     """metrics.jsonl and evals.jsonl, each replaced as a whole."""
     for name, part in {"metrics.jsonl": "lines", "evals.jsonl": "evals"}.items():
-        temporary = Path(out) / "log.tmp"
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in log[part]))
-        temporary.replace(Path(out) / name)
+        write_whole(Path(out) / name, "".join(json.dumps(line) + "\n" for line in log[part]))

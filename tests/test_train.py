@@ -43,7 +43,7 @@ from script_tools import (
     script,
     tree,
 )
-from support import checkpoint, cloning
+from support import checkpoint, cloning, files
 from support.arguments import read_config
 from support.distributed import prepare
 from support.loading import make_optimizer
@@ -78,6 +78,7 @@ def test_training_writes_what_it_promises(trained):
         "best",
         "start",
         "episodes.html",
+        "lock",
     }
     settings = json.loads((trained.out / "config.json").read_text())
     assert settings == dataclasses.asdict(read_config(flags("run")))
@@ -246,7 +247,8 @@ def test_no_space_left(trained, stopped, monkeypatch, capfd):
 
         monkeypatch.setattr(checkpoint, "save_checkpoint", on_a_full_disk)
         capfd.readouterr()
-        with pytest.raises(SystemExit) as exit:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+            patch.setattr(files, "has_room", lambda folder: False)
             train.main(flags(stopped))
         err = capfd.readouterr().err
         said = [line for line in err.splitlines() if line.startswith(("error:", "Traceback"))]

@@ -1,0 +1,332 @@
+"""What a run survives: NaN weights, flipped bits, kills between two files, signals, a second run,
+full disks. docs/reliability.md has the table; tests/long/ the longer forms."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+import train
+from config import ConfigError
+from script_tools import (
+    ROOT,
+    actor_of,
+    assert_same_run,
+    environment,
+    flags,
+    metrics_of,
+    saved_iteration,
+    tree,
+)
+from support import checkpoint, files, stopping
+from support.distributed import prepare
+from support.loading import make_optimizer
+from update_tools import make_run, plain_config, same
+
+LOG = {"lines": [{"iteration": 0, "success": 1.0}], "evals": [{"iteration": 0, "success": 0.5}]}
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.fixture
+def saved(tiny_policy, tiny_tokenizer, tmp_path, monkeypatch):
+    """A run with two checkpoints, of iterations 1 and 2 -> (run, its folder)."""
+    monkeypatch.setattr(checkpoint, "plot_curves", lambda *_: None)
+    accelerator = Accelerator(cpu=True)
+    config = plain_config()
+    policy, optimizer = prepare(tiny_policy, make_optimizer(tiny_policy, config), accelerator)
+    run = make_run(policy, config, accelerator, optimizer, tiny_tokenizer)
+    for iteration in (1, 2):
+        checkpoint.save_checkpoint(tmp_path, run, iteration, LOG)
+    yield run, tmp_path
+    accelerator.free_memory()
+
+
+@pytest.fixture
+def stopped(trained, tmp_path):
+    """A run of the same flags that was stopped after the cloning -> its folder."""
+    out = tmp_path / "run"
+    shutil.copytree(trained.out / "start", out / "start")
+    shutil.copy(trained.out / "config.json", out)
+    return out
+
+
+# ---- checkpoints -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_saved(saved, bad):
+    run, out = saved
+    before = tree(out)
+    with torch.no_grad():
+        run.policy.value_heads.weight[0, 0] = bad
+    with pytest.raises(FloatingPointError, match="value_heads.weight has become NaN or infinite"):
+        checkpoint.save_checkpoint(out, run, 3, LOG)
+    assert tree(out) == before
+
+
+def test_every_flipped_bit_is_noticed(saved, capsys):
+    """In any file, at any place: the checkpoint before is loaded, with a sentence that names the
+    file. Flipped back, the newest is loaded again."""
+    run, out = saved
+    rng = random.Random(0)
+    paths = [path for path in sorted((out / "checkpoint").rglob("*")) if path.is_file()]
+    assert {path.name for path in paths} > {"run.json", "optimizer.bin"}
+    for path in paths:
+        raw = path.read_bytes()
+        for place in [0, len(raw) - 1, *(rng.randrange(len(raw)) for _ in range(3))]:
+            harmed = bytearray(raw)
+            harmed[place] ^= 1 << rng.randrange(8)
+            path.write_bytes(harmed)
+            capsys.readouterr()
+            assert checkpoint.load_checkpoint(out, run)[0] == 1, (path, place)
+            said = capsys.readouterr().out
+            assert "checkpoint is damaged" in said
+            assert path.name in said
+        path.write_bytes(raw)
+        assert checkpoint.load_checkpoint(out, run)[0] == 2
+        path.unlink()
+        assert checkpoint.load_checkpoint(out, run)[0] == 1
+        path.write_bytes(raw)
+
+
+def test_a_checkpoint_that_does_not_fit_is_not_called_damaged(saved):
+    run, out = saved
+    run.accelerator.load_state = lambda folder: (_ for _ in ()).throw(RuntimeError("size mismatch"))
+    with pytest.raises(ConfigError, match="whole but does not fit this run: size mismatch"):
+        checkpoint.load_checkpoint(out, run)
+
+
+def test_files_are_synced_before_they_take_a_place(saved, monkeypatch):
+    """Each file of the checkpoint and of the actor, and their folders, before the rename; the
+    folder that holds the names, after it."""
+    run, out = saved
+    synced = []
+    renamed = {}
+    monkeypatch.setattr(files, "sync", lambda path: synced.append(str(path)))
+    rename = type(out).rename
+
+    def watched(path, target):
+        renamed[f"{path.name} {target.name}"] = list(synced)
+        return rename(path, target)
+
+    monkeypatch.setattr(type(out), "rename", watched)
+    checkpoint.save_checkpoint(out, run, 3, LOG)
+    for name, file in (("checkpoint", "optimizer.bin"), ("actor", "model.safetensors")):
+        before = renamed[f"{name}.tmp {name}"]
+        assert {str(out / f"{name}.tmp"), str(out / f"{name}.tmp" / file)} <= set(before)
+    assert str(out / "checkpoint.tmp" / "run.json") in renamed["checkpoint.tmp checkpoint"]
+    assert str(out) in synced[len(renamed["checkpoint.tmp checkpoint"]) :]
+
+
+def test_a_folder_that_cannot_be_removed_does_not_stop_a_save(saved, monkeypatch):
+    """On NFS a folder with an open file stays. It is put aside, and removed once it can be."""
+    run, out = saved
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    for iteration in (3, 4):
+        checkpoint.save_checkpoint(out, run, iteration, LOG)
+        assert saved_iteration(out / "checkpoint") == iteration
+        assert saved_iteration(out / "checkpoint.old") == iteration - 1
+    assert list(out.glob("checkpoint.old.stale-*"))
+    assert same(actor_of(out), run.model.actor.state_dict())
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    checkpoint.save_checkpoint(out, run, 5, LOG)
+    assert not list(out.glob("*.stale-*"))
+
+
+# ---- killed between two files ------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill(*_, **__):
+    raise Killed
+
+
+def test_killed_in_the_last_evaluation_nothing_is_trained_again(trained, stopped, monkeypatch):
+    evaluate_run = train.evaluate_run
+    monkeypatch.setattr(train, "evaluate_run", lambda *words: words[-1] and kill())
+    shutil.copytree(trained.out / "checkpoint.old", stopped / "checkpoint")
+    with pytest.raises(Killed):
+        train.main(flags(stopped))
+    assert saved_iteration(stopped / "checkpoint") == 3
+    monkeypatch.setattr(train, "evaluate_run", evaluate_run)
+    monkeypatch.setattr(train, "train_iteration", kill)
+    shutil.copytree(trained.out / "best", stopped / "best", dirs_exist_ok=True)
+    train.main(flags(stopped))
+    assert_same_run(stopped, trained.out)
+
+
+@pytest.mark.parametrize("name", ["write_log", "plot_curves"])
+def test_killed_between_checkpoint_and_log(trained, stopped, monkeypatch, name):
+    """The next start writes log and picture from the checkpoint."""
+    drawn = []
+    monkeypatch.setattr(checkpoint, "plot_curves", lambda out, log: drawn.append(log["evals"]))
+    save_log = checkpoint.save_log
+
+    def killed_early(*words):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, name, kill)
+            save_log(*words)
+
+    monkeypatch.setattr(checkpoint, "save_log", killed_early)
+    shutil.copytree(trained.out / "checkpoint.old", stopped / "checkpoint")
+    with pytest.raises(Killed):
+        train.main(flags(stopped))
+    monkeypatch.setattr(checkpoint, "save_log", save_log)
+    train.main(flags(stopped))
+    evals = [json.loads(line) for line in (stopped / "evals.jsonl").read_text().splitlines()]
+    assert [result["iteration"] for result in evals] == [0, 3]
+    assert len(metrics_of(stopped)) == 3
+    assert drawn[-1] == evals
+
+
+# ---- signals -----------------------------------------------------------------------------------
+
+
+def start(out, **changes):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *flags(out, **changes)],
+        env=environment(),
+        cwd=out.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(path, process):
+    limit = time.time() + 300
+    while process.poll() is None and not path.exists() and time.time() < limit:
+        time.sleep(0.02)
+    assert path.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_its_iteration(trained, stopped, monkeypatch, capfd, number):
+    """Saved, with a sentence and the shell's exit code; the same command goes on from there, and
+    the end is that of a run that was not stopped."""
+    train_iteration = train.train_iteration
+
+    def signalled(run, iteration):
+        if iteration == 1:
+            os.kill(os.getpid(), number)
+        return train_iteration(run, iteration)
+
+    words = flags(stopped, save_every=3)
+    settings = json.loads((stopped / "config.json").read_text())
+    (stopped / "config.json").write_text(json.dumps({**settings, "save_every": 3}))
+    before = signal.getsignal(number)
+    monkeypatch.setattr(train, "train_iteration", signalled)
+    with pytest.raises(SystemExit) as exit:
+        train.main(words)
+    assert exit.value.code == 128 + number
+    said = capfd.readouterr().err
+    assert "stopping after this iteration" in said
+    assert said.splitlines()[-1] == "stopped: the same command goes on from here"
+    assert saved_iteration(stopped / "checkpoint") == 2
+    assert not (stopped / "best").exists()  # no save that a run without the signal has not
+    assert signal.getsignal(number) is before
+    monkeypatch.setattr(train, "train_iteration", train_iteration)
+    train.main(words)
+    assert same(actor_of(stopped), actor_of(trained.out))
+    assert len(metrics_of(stopped)) == 3
+
+
+TWICE = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+import train
+def signalled(run, iteration):
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+train.train_iteration = signalled
+train.main(sys.argv[1:])
+"""
+
+
+def test_the_second_signal_ends_the_run_at_once(trained, stopped):
+    """The process ends in the middle of the iteration; the last checkpoint is what it was."""
+    shutil.copytree(trained.out / "checkpoint.old", stopped / "checkpoint")
+    before = tree(stopped / "checkpoint")
+    code = TWICE.format(root=str(ROOT))
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags(stopped)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 130
+    assert done.stderr.count("stopping after this iteration") == 1
+    assert "Traceback" not in done.stderr
+    assert tree(stopped / "checkpoint") == before
+
+
+def test_a_signal_in_the_cloning_says_what_is_lost(tmp_path):
+    out = tmp_path / "run"
+    process = start(out, bc_episodes=5000)
+    try:
+        wait_for(out / "config.json", process)
+        time.sleep(3)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    assert "stopped before anything was saved" in said
+    assert "Traceback" not in said
+    assert {path.name for path in out.iterdir()} <= {"config.json", "lock"}
+
+
+def test_all_processes_agree_to_stop(tmp_path, monkeypatch):
+    """One process alone received the signal."""
+    monkeypatch.setattr(stopping, "gather_object", lambda mine: [0, *mine, signal.SIGTERM])
+    stopped = stopping.Stopping(tmp_path, Accelerator(cpu=True)).asked()
+    assert stopped.code == 143
+
+
+# ---- two runs in one folder --------------------------------------------------------------------
+
+
+def test_a_second_run_is_refused_while_the_first_lives(trained, stopped, capfd):
+    """Nothing is touched. The lock of a run that was killed is no obstacle."""
+    shutil.copytree(trained.out / "checkpoint.old", stopped / "checkpoint")
+    first = start(stopped, iterations=500)
+    try:
+        wait_for(stopped / "metrics.jsonl", first)
+        with pytest.raises(SystemExit) as exit:
+            train.main(flags(stopped, iterations=500))
+        assert exit.value.code == 2
+        assert "another run is writing to" in capfd.readouterr().err
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+    assert (stopped / "lock").exists()
+    train.main(flags(stopped, iterations=saved_iteration(stopped / "checkpoint")))
+
+
+def test_where_there_are_no_locks_a_run_is_not_stopped(tmp_path, monkeypatch):
+    import fcntl
+
+    def unsupported(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    checkpoint.lock(tmp_path).close()

@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 import envs
 from config import EVAL_TEMPERATURE, ConfigError
 from rollout import collect
-from support import viewer
+from support import report, viewer
 from support.arguments import read_eval_arguments
 from support.distributed import make_accelerator
 from support.loading import choose_tasks, load_actor, load_evaluated, load_tokenizer
@@ -55,6 +55,8 @@ def evaluate(
 def main(argv=None):
     try:
         args = read_eval_arguments(argv)
+        if args.report:
+            return report.write_report(args.report, args.html)
         config, folder, described = load_evaluated(args)
         split = args.split or envs.world(config.env).SPLITS[-1]
         size = envs.size(config.env, split)

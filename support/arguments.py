@@ -58,14 +58,15 @@ def read_eval_arguments(argv):
     argv = sys.argv[1:] if argv is None else argv
     parser = _Parser(
         prog="eval.py",
-        usage="python eval.py OUT [flags]\n       python eval.py --model M --env E [flags]",
+        usage="python eval.py OUT [flags]\n       python eval.py --model M --env E [flags]"
+        "\n       python eval.py --report OUT [OUT ...] [--html FILE]",
         description="Evaluate the agent of a run, or any model without training (zero-shot). "
         "Zero-shot also takes train.py's settings, such as --num_envs 16.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     zero_shot = any(word.split("=")[0] == "--model" for word in argv)
-    if not zero_shot:  # else OUT would be the value of a setting
+    if "--report" not in argv and not zero_shot:  # else OUT would be the value of a setting
         add("out", type=Path, help="the --out folder of a training run, or its best/")
     add("--model", help="without OUT: Hugging Face name or path of a causal LM")
     add("--env", help="without OUT: the world")
@@ -76,10 +77,13 @@ def read_eval_arguments(argv):
     add("--seed", type=int, help="default: the run's, as in training")
     add("--json", type=Path, help="write the result to this file")
     add("--html", type=Path, help="write the episodes to this file, to look at in a browser")
+    add("--report", type=Path, nargs="+", metavar="OUT", help="one page of these runs' curves")
     args, settings = parser.parse_known_args(argv)
+    if args.report and settings:
+        raise ConfigError(f"--report takes folders of runs and --html FILE, not {settings[0]}")
     if zero_shot and settings and not settings[0].startswith("-"):
         raise ConfigError(f"{settings[0]!r} and --model: give either a run or a model")
-    if not zero_shot and (settings or args.env):
+    if "out" in args and (settings or args.env):
         raise ConfigError(
             f"the run in {args.out} has its own settings: leave out "
             f"{settings[0] if settings else '--env'}"

@@ -18,7 +18,8 @@ HERE = Path(__file__).parent
 def write_page(path, template, data):
     """Write `template` (NAME.html of this folder, whose script is NAME.js) with `data` to `path`.
 
-    data: what JSON can hold; numbers that are not finite become null. OSError where the file cannot be written.
+    data: what JSON can hold; numbers that are not finite become null. OSError where the file
+    cannot be written.
     """
     page = (HERE / template).read_text(encoding="utf-8")
     page = page.replace("{{STYLE}}", (HERE / "pages.css").read_text(encoding="utf-8"))

@@ -1,0 +1,128 @@
+"""support/report.py and report.html: the curves of several runs, grouped by their settings."""
+
+import json
+import re
+
+import pytest
+
+import eval as evaluation
+from browser import dump_dom
+from script_tools import assert_user_error
+from support.report import differing_settings, read_run, report_data, write_report
+
+HOSTILE = "</script><img src=x onerror=\"document.title='ran'\">"
+
+
+def write_run(folder, successes, kind="simple", **settings):
+    """The log of a run with these training successes."""
+    folder.mkdir()
+    config = {"method": "hiper", "critic_warmup": 1, "seed": 0, "out": str(folder), **settings}
+    lines = [
+        {
+            "iteration": n,
+            "success": success,
+            "success_by_type": {kind: success},
+            "explained_variance": {"high": 0.5, "low": None},
+            "kl_to_reference": 0.01 * n,
+            "seconds": {"rollout": 30.0, "score": 10.0, "update": 20.0},
+        }
+        for n, success in enumerate(successes)
+    ]
+    result = {
+        "split": "unseen",
+        "episodes": 10,
+        "temperature": 0.4,
+        "success": 0.5,
+        "success_by_type": {kind: 0.5},
+        "episodes_by_type": {kind: 10},
+    }
+    evals = [{**result, "iteration": n} for n in (0, len(successes))]
+    (folder / "config.json").write_text(json.dumps(config))
+    for name, rows in (("metrics", lines), ("evals", evals)):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text)
+    return folder
+
+
+def charts(data):
+    return {chart["title"]: chart for section in data["sections"] for chart in section["charts"]}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return [
+        write_run(tmp_path / "a", [0.2, 0.4]),
+        write_run(tmp_path / "b", [0.4, 0.6], seed=1),
+        write_run(tmp_path / "c", [0.1], method="ppo"),
+    ]
+
+
+def test_runs_that_differ_in_their_seed_only_are_one_group(folders):
+    runs = [read_run(folder) for folder in folders]
+    assert differing_settings(runs) == {
+        "method": ["hiper", "hiper", "ppo"],
+        "seed": [0, 1, 0],
+    }
+    data = report_data(runs)
+    assert [run["group"] for run in data["runs"]] == [0, 0, 1]
+    assert data["groups"] == ["method hiper (2 runs)", f"{folders[2]} (method ppo)"]
+    assert report_data(runs[:2])["groups"] == ["all runs (2 runs)"]
+    assert report_data(runs[:1])["groups"] == [str(folders[0])]
+    assert report_data(runs[:1])["differ"] == []
+
+
+def test_a_setting_of_a_later_version_had_its_default(tmp_path):
+    old, new = write_run(tmp_path / "a", [0.1]), write_run(tmp_path / "b", [0.1], checklist=0.0)
+    assert differing_settings([read_run(old), read_run(new)]) == {}
+
+
+def test_the_charts_are_the_logs(folders):
+    data = report_data([read_run(folder) for folder in folders])
+    found = charts(data)
+    assert found["Success"]["lines"] == [[[0, 0.2], [1, 0.4]], [[0, 0.4], [1, 0.6]], [[0, 0.1]]]
+    assert found["simple"]["lines"] == found["Success"]["lines"]
+    assert found["V_high"]["lines"][0] == [[0, 0.5], [1, 0.5]]
+    assert found["V_low"]["lines"][0] == [[0, None], [1, None]]
+    assert found["V_switch"]["lines"][0] == [[0, None], [1, None]]  # not logged
+    assert found["Update, seconds"]["lines"][2] == [[0, 20.0]]
+    iteration, rate, low, high = found["Success"]["points"][0][1]
+    assert (iteration, rate) == (2, 0.5)
+    assert low == pytest.approx(0.2366, abs=1e-4)  # Wilson's
+    assert high == pytest.approx(0.7634, abs=1e-4)
+    assert found["simple"]["points"][0] == found["Success"]["points"][0]
+    assert found["V_high"]["points"][0] == []
+    assert [run["minutes"] for run in data["runs"]] == [2.0, 2.0, 1.0]
+
+
+def test_the_page_is_drawn_and_nothing_in_it_runs(tmp_path):
+    one = write_run(tmp_path / "a", [0.2, 0.4], kind=HOSTILE)
+    two = write_run(tmp_path / "b", [0.4, 0.6], kind=HOSTILE, env=HOSTILE)
+    path = write_report([one, two])
+    assert path == one / "report.html"
+    page = path.read_text(encoding="utf-8")
+    assert page.count("<script") == page.count("</script>") == 2
+    assert "<img" not in page
+    assert not re.search("innerHTML|outerHTML|insertAdjacentHTML|document.write", page)
+    dom = dump_dom(path.as_uri(), tmp_path)
+    assert "<title>Run report</title>" in dom
+    assert "<img" not in dom
+    assert dom.count("&lt;img") >= 3  # group, setting and chart
+    assert dom.count("<polyline") >= 10
+    assert dom.count("<circle") == 8  # two evaluations of two runs, in total and of the family
+
+
+def test_the_command(folders, tmp_path, capsys):
+    words = ["--report", *map(str, folders), "--html", str(tmp_path / "page.html")]
+    evaluation.main(words)
+    assert "page.html" in capsys.readouterr().out
+    assert str(folders[2]) in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "words, said", [("nowhere", "nowhere"), ("a empty", "empty"), ("a --lr 1", "--lr")]
+)
+def test_reports_are_refused_in_one_sentence(folders, tmp_path, capfd, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    words = ["--report", *words.split()]
+    assert said in assert_user_error(evaluation.main, words, tmp_path, capfd)

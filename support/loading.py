@@ -5,40 +5,28 @@ import random
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import envs
 import hiper
 from config import Config, ConfigError, check
 from support.arguments import read_config
 from support.cloning import HEADS, clone_expert
+from support.model_check import check_model
+from support.world_check import try_world
 
 
 def check_world_and_model(config):
     """ConfigError where the world or the model cannot be had, before anything is written."""
-    try:
-        module = envs.world(config.env)
-        with envs.EnvPool(
-            config.env, module.SPLITS[0], workers=1, **envs.world_options(config)
-        ) as pool:
-            _, info = pool.reset({0: 0})[0]  # a package that is missing shows here
-    except (ValueError, RuntimeError, IndexError, TypeError) as error:
-        raise ConfigError(error) from None
+    info = try_world(config)
     if config.checklist and "progress" not in info:
         raise ConfigError(
             f"--checklist needs a world that reports subtasks (info['progress']), and "
             f"{config.env} does not"
         )
     if config.model:
-        try:
-            AutoConfig.from_pretrained(config.model)
-            AutoTokenizer.from_pretrained(config.model)
-        except (OSError, ValueError):
-            raise ConfigError(
-                f"no model {config.model!r}: give a folder with a model and its tokenizer in "
-                "Hugging Face's format, or the name of one on the hub (which must be reachable)"
-            ) from None
+        check_model(config)
 
 
 def load_policy(config, out, pool, accelerator):
@@ -73,13 +61,18 @@ def load_policy(config, out, pool, accelerator):
 
 @torch.no_grad()
 def check_output_layer(actor, config):
-    """ConfigError for a model that changes the logits after its output layer.
+    """ConfigError for a model that is not causal, or changes the logits after its output layer.
 
     Log-probabilities are computed from the hidden states that the loss reads, so they would be
     wrong for such a model (Cohere, Granite, Gemma 2).
     """
     ids = torch.tensor([[0, 1]])
     hidden = hiper.last_hidden_state(actor.base_model, ids)
+    alone = hiper.last_hidden_state(actor.base_model, ids[:, :1])
+    if not torch.allclose(hidden[:, :1], alone, rtol=1e-3, atol=1e-3):
+        raise ConfigError(
+            f"{config.model} reads in both directions (as BERT does): --model takes a causal LM"
+        )
     logits = actor.get_output_embeddings()(hidden)
     if not torch.allclose(actor(input_ids=ids).logits, logits, rtol=1e-3, atol=1e-3):
         raise ConfigError(
@@ -92,14 +85,28 @@ def load_tokenizer(path):
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
+    if tokenizer.eos_token_id is None:
+        tokenizer.eos_token_id = tokenizer.pad_token_id
     return tokenizer
 
 
 def load_actor(path, config, dtype):
-    """The causal LM in evaluation mode."""
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, attn_implementation=config.attention or None
-    ).eval()
+    """The causal LM in evaluation mode. ConfigError where its weights cannot be loaded."""
+    try:
+        actor, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=config.attention or None,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
+        raise ConfigError(f"the model {path} cannot be loaded: {error}") from None
+    if report["missing_keys"]:
+        raise ConfigError(
+            f"the weights of {path} lack {', '.join(sorted(report['missing_keys'])[:3])}: it is no "
+            "whole causal LM"
+        )
+    return actor.eval()
 
 
 def make_optimizer(policy, config):

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import hiper
 from config import ConfigError, check
+from support.model_check import check_shape
 
 GPUS = (24, 80, 141)  # GB
 COUNTS = (1, 4, 8, 16)  # GPUs; in shards from the second on
@@ -238,6 +239,7 @@ def show(config):
     """Print the plan of a Config. ConfigError where there is none to make."""
     check(replace(config, optimizer="adamw"))  # bitsandbytes need not be here
     shape, source = model_shape(config.model)
+    check_shape(shape, config.model)
     s = count_sizes(shape, config.critic if config.has_critic else "none")
     reference = s.actor if config.uses_reference else 0
     print(source)

@@ -7,6 +7,7 @@ import random
 import traceback
 
 import envs
+from config import ConfigError
 
 LIMIT = 500  # steps after which an episode counts as endless
 STEP = "step must return (observation, reward, terminated, truncated, info)"
@@ -34,6 +35,34 @@ def main(words):
     if not faults:
         print(f"ok: {summary}")
     return 2 if faults else 0
+
+
+def try_world(config):
+    """The first info of a run's world. ConfigError where the world cannot be had or played."""
+    limit = config.env_options.get("max_steps", 1)
+    if type(limit) is not int or limit < 1:
+        raise ConfigError(f"--env_options: max_steps must be a whole number above 0, not {limit!r}")
+    try:
+        split = envs.world(config.env).SPLITS[0]
+        options = envs.world_options(config)
+        with envs.EnvPool(config.env, split, workers=1, **options) as pool:
+            _, info = pool.reset({0: 0})[0]  # a package that is missing shows here
+            check_info(info)
+            if config.bc_episodes:
+                pool.expert({0: ""})
+            check_step(pool.step({0: ""})[0])
+    except (ValueError, RuntimeError) as error:  # the world's own sentences
+        raise ConfigError(error) from None
+    except Exception as error:
+        if isinstance(error, AttributeError) and "has no attribute 'expert'" in str(error):
+            raise ConfigError(
+                f"world {config.env!r} has no expert to clone: give --model without --bc_episodes"
+            ) from None
+        said = error if isinstance(error, Fault) else describe(error)
+        raise ConfigError(
+            f"world {config.env!r} does not work: {said} (python -m envs {config.env} checks it)"
+        ) from None
+    return info
 
 
 def check_world(name, tasks=4, **options):
@@ -66,20 +95,21 @@ def check_world(name, tasks=4, **options):
                     wins.append(result)
             if check_episode in faults:
                 return list(faults.values()), ""
+    limit, _ = envs.step_limit(module, options)
+    lengths = [min(length, limit or LIMIT) for length in lengths]
     if max(lengths) >= LIMIT and "max_steps" in inspect.signature(module.make).parameters:
         faults[play] = f"no end in {LIMIT} steps: step must return truncated True at max_steps"
     if wins and not any(wins):
         faults[check_expert] = "the expert wins none of the tasks that were tried"
-    return list(faults.values()), summarize(module, sizes, lengths, wins)
+    return list(faults.values()), summarize(module, sizes, lengths, wins, limit)
 
 
-def summarize(module, sizes, lengths, wins):
+def summarize(module, sizes, lengths, wins, limit):
     counts = ", ".join(f"{size} tasks in {split}" for split, size in sizes.items())
     parts = [
         f"{module.__name__} has {counts}; random play ends after {min(lengths)} to "
         f"{max(lengths)} steps"
     ]
-    limit, _ = envs.step_limit(module, {})
     if limit:
         parts.append(f"episodes are truncated after {limit} steps")
     if wins:

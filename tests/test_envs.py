@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 import envs
+from config import ConfigError
+from conftest import tiny_config
 from support import env_workers, world_check
+from support.loading import check_world_and_model
 from worlds import household
 
 ROOT = Path(__file__).parent.parent
@@ -246,6 +249,30 @@ def test_the_check_as_a_command(tmp_path):
         assert code == 2
         assert said.startswith("error: ")
     assert command()[0] == 2
+
+
+@pytest.mark.parametrize(
+    "right, wrong, options, said",
+    [
+        ("", "", {"step": 3}, r"TypeError: make\(\) got an unexpected"),
+        ("", "", {"max_steps": "x"}, "max_steps must be a whole number"),
+        ("", "", {"max_steps": 0}, "max_steps must be a whole number"),
+        ("", "", {"workers": 2}, "TypeError"),
+        ("", "", {}, "has no expert to clone: give --model"),
+        ('"score": float(won)', '"score": won', {}, r"info\['score'\] must be a float"),
+        ("self.steps += 1", "self.stepz += 1", {}, r"AttributeError: .*corridor.py, line \d+\)"),
+        ("class Corridor:", "class Corridor", {}, "SyntaxError: .*corridor.py, line"),
+        ('"""A world in one file', 'import absent\n"""', {}, "No module named 'absent'"),
+    ],
+)
+def test_a_run_does_not_begin_in_a_world_that_does_not_work(write, right, wrong, options, said):
+    """One sentence, before anything is written."""
+    write("testing_corridor", CORRIDOR.replace(right, wrong))
+    config = tiny_config(env="testing_corridor", env_options=options)
+    if "AttributeError" in said:
+        config.bc_episodes = 0
+    with pytest.raises(ConfigError, match=said):
+        check_world_and_model(config)
 
 
 def test_a_world_without_a_step_limit_gets_one(write):

@@ -402,7 +402,7 @@ def test_group_methods_have_no_critic(capsys):
     "words, shown",
     [
         ("--model no/such/model", "no/such/model"),
-        ("--model T5", "T5Config"),
+        ("--model T5", "T5 is an encoder-decoder"),
         ("--num_envs 0", "--num_envs"),
         ("--critic none", "none"),
         ("--num_env 3", "num_env"),

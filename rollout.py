@@ -18,7 +18,7 @@ import hiper
 from config import SUCCESS_REWARD
 from hiper import Decision
 from support.batch import Batch, make_batch  # noqa: F401, what training makes of the episodes
-from support.generation import generate, tokenize_prompts
+from support.generation import generate, tokenize_prompts, tokenize_texts
 from support.tokens import response_text
 
 
@@ -233,9 +233,7 @@ def fill_slots(agents, queue, pool, config):
 
 def respond(actor, tokenizer, prompts, prefixes, temperature, config):
     """One response per prompt, each beginning with its prefix (often empty) -> id lists."""
-    begun = [
-        tokenizer(text, add_special_tokens=False)["input_ids"] if text else [] for text in prefixes
-    ]
+    begun = tokenize_texts(tokenizer, prefixes)
     responses = generate(
         actor,
         tokenizer,

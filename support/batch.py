@@ -9,6 +9,7 @@ import torch
 
 import hiper
 from hiper import Masks
+from support.generation import tokenize_texts
 
 
 @dataclass(frozen=True)
@@ -121,5 +122,5 @@ def make_batch(episodes, tokenizer, group_size=1):
 def append_keep_block(prompts, subgoals, tokenizer):
     """Samples as if KEEP and the carried subgoal had been written: the counterfactual V_low."""
     texts = [hiper.format_plan(subgoal, switch=False) for subgoal in subgoals]
-    blocks = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    blocks = tokenize_texts(tokenizer, texts)
     return make_samples(prompts, blocks, tokenizer)

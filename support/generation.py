@@ -1,5 +1,7 @@
 """Text generation with HF `generate`: prompts to ids, and one sampled response per prompt."""
 
+import re
+
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
@@ -71,14 +73,66 @@ def _cut(row, table, tag, ends):
     return row
 
 
+# ---- text to ids -------------------------------------------------------------------------------
+
+PLACE = "4c0f7b1e59"  # stands for the content, to see what a chat template writes around it
+
+
 def tokenize_prompts(tokenizer, texts, max_tokens=None):
-    """Prompt texts -> id lists, through the chat template where the tokenizer has one."""
-    if tokenizer.chat_template:
-        texts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-            )
-            for text in texts
-        ]
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    """Prompt texts -> id lists, through the chat template where the tokenizer has one.
+
+    The template's special tokens are special. One that a text names (`<|im_end|>` on a page, say)
+    stays text: a world cannot end the user's turn, nor write the system's.
+    """
+    texts = [replace_surrogates(text) for text in texts]
+    chats = [_chat(tokenizer, text) for text in texts]
+    ids = tokenizer(chats, add_special_tokens=False)["input_ids"]
+    names = _special_names(tokenizer)
+    for n, text in enumerate(texts):
+        if any(name in text for name in names):
+            ids[n] = tokenize_around(tokenizer, chats[n])
     return [row[-max_tokens:] for row in ids] if max_tokens else ids
+
+
+def tokenize_texts(tokenizer, texts):
+    """Parts of responses -> id lists, without a template; names of special tokens stay text."""
+    texts = [replace_surrogates(text) for text in texts]
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def tokenize_around(tokenizer, chat):
+    """The ids of one templated prompt: special tokens only where the template itself has them.
+
+    The template's text beside the content is encoded together with it, as BPE may join the two.
+    ValueError for a template that does not write the content in one place.
+    """
+    before, _, after = _chat(tokenizer, PLACE).partition(PLACE)
+    if not (chat.startswith(before) and chat.endswith(after)):
+        raise ValueError("the chat template does not write a message's content in one place")
+    special = re.compile("|".join(map(re.escape, _special_names(tokenizer))))
+    start = max((match.end() for match in special.finditer(before)), default=0)
+    first = special.search(after)
+    end = len(chat) - len(after) + (first.start() if first else len(after))
+    ids = []
+    for part, as_text in ((chat[:start], False), (chat[start:end], True), (chat[end:], False)):
+        ids += tokenizer(part, add_special_tokens=False, split_special_tokens=as_text)["input_ids"]
+    return ids
+
+
+def replace_surrogates(text):
+    """The text with `?` for each half of a surrogate pair, which no encoder takes."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _chat(tokenizer, text):
+    if not tokenizer.chat_template:
+        return text
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+    )
+
+
+def _special_names(tokenizer):
+    """The special tokens' texts, the longest first."""
+    tokens = tokenizer.added_tokens_decoder.values()
+    return sorted((str(token) for token in tokens if token.special), key=len, reverse=True)

@@ -72,7 +72,9 @@ def format_table(result):
     for kind, rate, count in rows:
         low, high = wilson_interval(round(rate * count), count)
         interval = f"[{100 * low:5.1f}, {100 * high:5.1f}]"
-        lines.append(f"  {kind:34s} {100 * rate:5.1f} %   {interval}   {count:4d} episodes")
+        lines.append(
+            f"  {printable(kind):34s} {100 * rate:5.1f} %   {interval}   {count:4d} episodes"
+        )
     return "\n".join(lines)
 
 
@@ -117,7 +119,12 @@ def format_episode(episode, advantages):
         error = f"   ! {turn.decision.error}" if turn.decision.error else ""
         lines.append(f"     {turn.observation}")
         lines.append(f"     > {turn.decision.action}   {'  '.join(shown.values())}{error}")
-    return "\n".join(lines)
+    return printable("\n".join(lines))
+
+
+def printable(text):
+    """The text with escapes for what a terminal would obey: control and direction characters."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c).strip("'") for c in text)
 
 
 # ---- warnings ----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from script_tools import (
 from support import checkpoint, files, stopping
 from support.distributed import prepare
 from support.loading import make_optimizer
+from support.metrics import format_episode
 from update_tools import make_run, plain_config, same
 
 LOG = {"lines": [{"iteration": 0, "success": 1.0}], "evals": [{"iteration": 0, "success": 0.5}]}
@@ -330,3 +332,22 @@ def test_where_there_are_no_locks_a_run_is_not_stopped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
     checkpoint.lock(tmp_path).close()
+
+
+# ---- hostile text ------------------------------------------------------------------------------
+
+
+def test_nothing_of_a_world_steers_the_terminal():
+    """Control characters of observations, tasks and actions are shown, not sent."""
+    text = "\x1b[2J\x1b]0;title\x07 red\r\u202e\ud800"
+    turn = SimpleNamespace(
+        is_segment_start=True,
+        subgoal=text,
+        observation=text + "\nshelf é",
+        decision=SimpleNamespace(action=text, error=text),
+    )
+    episode = SimpleNamespace(index=0, task=text, task_type=text, success=True, turns=[turn])
+    shown = format_episode(episode, {"A_subgoal": [1.0], "A_action": [1.0]})
+    assert not set("\x1b\x07\r\u202e\ud800") & set(shown)
+    assert "\\x1b[2J" in shown
+    assert "\nshelf é" in shown

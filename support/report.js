@@ -108,6 +108,7 @@ function draw(chart, parent, wide) {
       const outline = [...curve.map(p => `${X(p.x)},${Y(p.high)}`), ...curve.slice().reverse().map(p => `${X(p.x)},${Y(p.low)}`)].join(" ");
       svg("polygon", {points: outline, style: `fill: ${colour(k)}; fill-opacity: .16`}, art);
     }
+    if (curve.length === 1) svg("circle", {cx: X(curve[0].x), cy: Y(curve[0].mean), r: 2.5, style: `fill: ${colour(k)}`}, art);
     svg("polyline", {points: curve.map(p => `${X(p.x)},${Y(p.mean)}`).join(" "), style: `fill: none; stroke: ${colour(k)}; stroke-width: 2; stroke-linejoin: round; stroke-dasharray: ${dash(k)}`}, art);
   });
   chart.points.forEach((list, n) => list.forEach(([x, y, from, to]) => {

@@ -19,7 +19,6 @@ CURVES = [  # section, [(title, path in a line of metrics.jsonl, unit)]
             ("Switches per episode", ("switches_per_episode",), ""),
             ("Turns per segment", ("segment_length",), ""),
             ("Turns per episode", ("episode_length",), ""),
-            ("Valid format", ("valid_format_rate",), "%"),
         ],
     ),
     (
@@ -33,9 +32,9 @@ CURVES = [  # section, [(title, path in a line of metrics.jsonl, unit)]
     (
         "Policy",
         [
-            ("KL to the start model, per token", ("kl_to_reference",), ""),
+            ("KL to the start model", ("kl_to_reference",), ""),
             ("Entropy, nats", ("entropy",), ""),
-            ("Clipped tokens", ("clip_fraction",), "%"),
+            ("Valid format", ("valid_format_rate",), "%"),
         ],
     ),
     (
@@ -44,7 +43,6 @@ CURVES = [  # section, [(title, path in a line of metrics.jsonl, unit)]
             ("Rollout, seconds", ("seconds", "rollout"), ""),
             ("Scoring, seconds", ("seconds", "score"), ""),
             ("Update, seconds", ("seconds", "update"), ""),
-            ("Turns per second", ("turns_per_second",), ""),
         ],
     ),
 ]
@@ -131,7 +129,9 @@ def _distinct(values):
 def _group_name(settings, k, group_of, runs):
     """What tells a group from the others, and how many runs it holds."""
     members = [run["name"] for run, group in zip(runs, group_of, strict=True) if group == k]
-    name = ", ".join(f"{name} {value}" for name, value in settings.items())
+    name = ", ".join(
+        f"{name} {'(empty)' if value == '' else value}" for name, value in settings.items()
+    )
     if len(members) == 1:
         return f"{members[0]} ({name})" if name else members[0]
     return f"{name or 'all runs'} ({len(members)} runs)"

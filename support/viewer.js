@@ -177,7 +177,7 @@ function strip(e, parent) {
   const key = el("p", "key small muted", null, figure);
   const entry = (style, text) => { const item = el("span", "", "", key); el("i", "", "", item).style.cssText = style; item.append(text); };
   if (hasRaw) entry("background: linear-gradient(90deg, var(--plus) 50%, var(--minus) 50%)", hiper ? "A_action (HAE)" : `A (${data.settings.method})`);
-  if (e.turns.some(t => typeof t.flat === "number")) entry("border: 1.3px solid var(--flat)", "flat GAE: same V_low, gamma and lambda, no boundaries");
+  if (e.turns.some(t => typeof t.flat === "number")) entry("border: 1.3px solid var(--flat)", "flat GAE: the same, without boundaries");
   if (hasRaw && hiper) entry("border: 1.6px solid var(--s0); transform: rotate(45deg) scale(.72)", "A_subgoal");
   if (hasValues) {
     entry("background: var(--text); height: 2px; vertical-align: 4px", hiper ? "V_high" : "V");

@@ -141,7 +141,8 @@ def collapse_warning(lines, hierarchical):
     new = [text for text in _problems(lines, hierarchical) if text not in before]
     if not new:
         return None
-    return f"iteration {lines[-1]['iteration']}: the agent " + "; and ".join(new)
+    said = "; and ".join(new)
+    return f"iteration {lines[-1]['iteration']}: the agent {said} (more in docs/faq.md)"
 
 
 def _problems(lines, hierarchical):

@@ -174,6 +174,46 @@ def test_the_browser_shows_the_episode_of_the_link(tiny_policy, tiny_tokenizer, 
     assert dom.count('class="item ') == 3
 
 
+def test_keys_filters_and_colours(tiny_policy, tiny_tokenizer, episodes, tmp_path):
+    """What a reader does, as events in the browser: the page's state is written into its title."""
+    episodes = [replace(e, success=n == 1, task=f"task {n}") for n, e in enumerate(episodes)]
+    data, *_ = data_of(tiny_policy, episodes, tiny_tokenizer)
+    path = tmp_path / "page.html"
+    write_page(path, "viewer.html", {"title": "t", "note": "n", **data})
+    reader = """
+    const said = [];
+    for (const key of ["ArrowDown", "ArrowDown", "ArrowUp", "ArrowLeft"]) {
+      document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+      said.push(location.hash.slice(1));
+    }
+    const choose = (id, value) => {
+      byId(id).value = value;
+      for (const type of ["input", "change"]) byId(id).dispatchEvent(new Event(type));
+    };
+    for (const [id, value] of [["result", "lost"], ["search", "task 2"]]) {
+      choose(id, value);
+      said.push(document.querySelectorAll(".item").length);
+    }
+    const colours = () => [...document.querySelectorAll(".said span")]
+      .map(span => span.style.background).join();
+    for (const how of ["p", "mask"]) {
+      const before = colours();
+      choose("tint", how);
+      said.push(before !== colours());
+    }
+    document.title = JSON.stringify(said);
+    """
+    page = re.sub("<meta http-equiv[^>]*>", "", path.read_text(encoding="utf-8"))
+    page = page.replace("</body>", f"<script>{reader}</script></body>")
+    path.write_text(page, encoding="utf-8")
+    dom = dump_dom(f"{path.as_uri()}#episode=2&turn=3", tmp_path)
+    said = json.loads(re.search("<title>(.*?)</title>", dom)[1].replace("&amp;", "&"))
+    assert said == [
+        *("episode=2&turn=4", "episode=2&turn=5", "episode=2&turn=4", "episode=1&turn=0"),
+        *(2, 1, True, True),
+    ]
+
+
 def test_sixty_four_episodes_are_under_three_megabytes(tiny_policy, tiny_tokenizer, tmp_path):
     """With ALFWorld's lengths: 30 turns, 700 tokens of prompt, most of it the same every turn."""
     rules = "Answer with these three blocks and nothing else. " * 40
@@ -209,14 +249,8 @@ def test_training_writes_only_the_first_episodes(tiny_policy, tiny_tokenizer, ep
     assert len(data["episodes"]) == 64
     assert "iteration 7" in data["title"]
     assert "64 of 90" in data["note"]
-    write_training(
-        tmp_path,
-        8,
-        SimpleNamespace(**{**vars(run), "accelerator": SimpleNamespace(is_main_process=False)}),
-        many,
-        old,
-        advantages,
-    )
+    run.accelerator.is_main_process = False
+    write_training(tmp_path, 8, run, many, old, advantages)
     assert "iteration 7" in shown_data(tmp_path / "episodes.html")["title"]
 
 

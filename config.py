@@ -135,7 +135,11 @@ class Config:
     gradient_checkpointing: bool = setting(
         True, "recompute activations in the backward pass: less memory, a third more time"
     )
-    attention: str = setting("", "eager, sdpa or flash_attention_2; empty: Hugging Face's choice")
+    attention: str = setting(
+        "",
+        "eager, sdpa or flash_attention_2; empty: Hugging Face's choice",
+        choices=("", "eager", "sdpa", "flash_attention_2"),
+    )
 
     bc_episodes: int = setting(0, "without --model: demonstrations that are cloned first", low=0)
     eval_episodes: int = setting(0, "tasks of that split; 0: all", low=0)
@@ -179,6 +183,8 @@ def check(config):
         )
     if config.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes")
+    if config.attention == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
+        raise ConfigError("--attention flash_attention_2 needs flash-attn: pip install flash-attn")
     if config.method == "hiper" and config.prompt == "flat":
         raise ConfigError("--prompt flat has no switches: it goes with ppo, rloo, grpo or gigpo")
     if config.method != "hiper" and config.segments != "learned":
@@ -207,5 +213,5 @@ def _check_bounds(name, value, bounds):
     if bounds["high"] is not None and value > bounds["high"]:
         raise ConfigError(f"--{name} must be at most {bounds['high']}, not {value}")
     if bounds["choices"] and value not in bounds["choices"]:
-        choices = " or ".join(bounds["choices"])
+        choices = " or ".join(filter(None, bounds["choices"]))
         raise ConfigError(f"--{name} must be {choices}, not {value!r}")

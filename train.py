@@ -130,7 +130,8 @@ def train_iteration(run, iteration):
 def start_iteration(run, iteration):
     """Seed the iteration and set its learning rates -> the actor's."""
     config = run.config
-    set_seed(config.seed * 1_000_003 + iteration * 1_009 + run.accelerator.process_index)
+    seed = config.seed * 1_000_003 + iteration * 1_009 + run.accelerator.process_index
+    set_seed(seed % 2**32)  # NumPy takes no larger one
     fraction = 1 - (1 - config.final_lr_fraction) * iteration / config.iterations
     actor_group, critic_group = run.optimizer.param_groups
     actor_group["lr"] = config.lr * fraction

@@ -3,6 +3,8 @@
 import argparse
 import difflib
 import json
+import math
+import os
 import sys
 from pathlib import Path
 
@@ -28,7 +30,7 @@ def read_config(argv):
     file; the flags. ConfigError for what is unknown.
     """
     argv = list(argv)
-    path = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else None
+    path = expanded_path(argv.pop(0)) if argv and not argv[0].startswith("-") else None
     known, unknown = _parser().parse_known_args(argv)
     if unknown:
         hint = suggest(unknown[0].lstrip("-"), FIELDS)
@@ -47,7 +49,34 @@ def read_config(argv):
     values = {}
     for layer in [*layers, given]:
         values.update(layer)
-    return Config(**{name: _convert(name, value) for name, value in values.items()})
+    values = {name: _convert(name, value) for name, value in values.items()}
+    for name in ("out", "model"):
+        values[name] = os.path.expanduser(values.get(name, ""))
+    return Config(**values)
+
+
+def read_settings(path):
+    """A run's config.json -> Config. A setting that it lacks has its default.
+
+    ConfigError where the file is no configuration.
+    """
+    try:
+        values = json.loads(path.read_text())
+        values.pop("versions", None)
+        unknown = [name for name in values if name not in FIELDS]
+        if unknown:
+            raise ConfigError(f"there is no setting {unknown[0]!r}")
+        return Config(**{name: _convert(name, value) for name, value in values.items()})
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, ConfigError) as error:
+        raise ConfigError(
+            f"{path} is not a configuration of this version ({error}): mend it, or remove the "
+            "folder and train anew"
+        ) from None
+
+
+def expanded_path(text):
+    """A Path whose ~ is the home folder."""
+    return Path(os.path.expanduser(text))
 
 
 def read_eval_arguments(argv):
@@ -67,7 +96,7 @@ def read_eval_arguments(argv):
     add = parser.add_argument
     zero_shot = any(word.split("=")[0] == "--model" for word in argv)
     if "--report" not in argv and not zero_shot:  # else OUT would be the value of a setting
-        add("out", type=Path, help="the --out folder of a training run, or its best/")
+        add("out", type=expanded_path, help="the --out folder of a training run, or its best/")
     add("--model", help="without OUT: Hugging Face name or path of a causal LM")
     add("--env", help="without OUT: the world")
     add("--split", help="default: the last split of the world")
@@ -75,8 +104,8 @@ def read_eval_arguments(argv):
     add("--temperature", type=float, default=EVAL_TEMPERATURE, help="(paper: 0.4)")
     add("--greedy", action="store_true", help="take the most probable tokens")
     add("--seed", type=int, help="default: the run's, as in training")
-    add("--json", type=Path, help="write the result to this file")
-    add("--html", type=Path, help="write the episodes to this file, to look at in a browser")
+    add("--json", type=expanded_path, help="write the result to this file")
+    add("--html", type=expanded_path, help="write the episodes to this page")
     add("--report", type=Path, nargs="+", metavar="OUT", help="one page of these runs' curves")
     args, settings = parser.parse_known_args(argv)
     if args.report and settings:
@@ -92,8 +121,14 @@ def read_eval_arguments(argv):
         path = getattr(args, name)
         if path and not path.absolute().parent.is_dir():
             raise ConfigError(f"--{name}: there is no folder {path.parent}")
+        if path and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+            raise ConfigError(f"--{name}: {path} is no file that can be written")
     if args.episodes is not None and args.episodes < 1:
         raise ConfigError("--episodes must be 1 or more")
+    if not (math.isfinite(args.temperature) and args.temperature >= 0):
+        raise ConfigError(f"--temperature must be 0 or more, not {args.temperature}")
+    if args.seed is not None and not 0 <= args.seed <= FIELDS["seed"].metadata["high"]:
+        raise ConfigError(f"--seed must be from 0 to {FIELDS['seed'].metadata['high']}")
     env = ["--env", args.env] if args.env else []
     args.settings = [*settings, "--model", args.model, *env] if zero_shot else []
     return args
@@ -128,7 +163,7 @@ def _parser():
 def _read_file(path):
     try:
         values = yaml.safe_load(path.read_text()) or {}  # JSON is YAML
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"cannot read the configuration {path}: {reason}") from None
     if not isinstance(values, dict):
@@ -155,9 +190,12 @@ def _convert(name, value):
             if not isinstance(options, dict):
                 raise ValueError
             return options
+        if value is None or isinstance(value, list | dict):
+            raise ValueError
         if kind is bool:
             return {"true": True, "false": False}[str(value).lower()]
         return kind(str(value))
-    except (ValueError, KeyError):
-        wanted = wanted.get(kind, "a JSON object such as '{\"max_steps\": 30}'")
+    except (ValueError, KeyError, RecursionError):
+        wanted[dict] = "a JSON object such as '{\"max_steps\": 30}'"
+        wanted = wanted.get(kind, "text")
         raise ConfigError(f"--{name} must be {wanted}, not {str(value)!r}") from None

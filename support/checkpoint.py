@@ -1,6 +1,6 @@
 """The files of a run, so that one that was killed goes on as if it had not been.
 
-    config.json                     the settings
+    config.json                     the settings, and the versions of what the run is made with
     checkpoint/                     Accelerate's state (weights, optimizer); run.json has iteration,
                                     log and checksums; checkpoint.old/ is the one before
     actor/, best/                   the actor in Hugging Face's format: of the last save, and of the
@@ -14,9 +14,13 @@ saving: every iteration seeds itself.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
+import platform
 import shutil
+import subprocess
+from importlib import metadata
 from pathlib import Path
 from statistics import mean
 
@@ -24,7 +28,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from config import Config, ConfigError
+from config import ConfigError
+from support.arguments import read_settings
 from support.files import sha256, swap_in, write_whole
 from support.plots import plot_curves
 
@@ -54,6 +59,16 @@ def prepare_run_dir(out, config):
     ConfigError, with nothing touched, otherwise. A new run's folder may hold `start/`, the clone
     of another run, from which it then begins.
     """
+    try:
+        return _prepare_run_dir(out, config)
+    except (OSError, ValueError) as error:  # no permission, a file in the way, a name too long
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--out {out} cannot be made or written: {reason}") from None
+
+
+def _prepare_run_dir(out, config):
     mine = dataclasses.asdict(config)
     path = out / "config.json"
     if path.is_file():
@@ -71,8 +86,23 @@ def prepare_run_dir(out, config):
             raise ConfigError(f"{out} exists and is not a run of this script: give another --out")
     out.mkdir(parents=True, exist_ok=True)
     held = lock(out)
-    write_whole(path, json.dumps(mine, indent=1))
+    write_whole(path, json.dumps({**mine, "versions": versions()}, indent=1))
     return held
+
+
+def versions():
+    """{package: version} of what a run is made with, and this repository's commit, if any."""
+    names = ("torch", "transformers", "accelerate", "numpy")
+    found = {"python": platform.python_version()}
+    found.update({name: metadata.version(name) for name in names})
+    root = Path(__file__).parent.parent
+    if (root / ".git").exists():
+        words = "git --no-optional-locks describe --always --dirty --abbrev=40 --exclude=*".split()
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            found["commit"] = subprocess.run(
+                words, cwd=root, capture_output=True, text=True, check=True, timeout=20
+            ).stdout.strip()
+    return found
 
 
 def lock(out):
@@ -98,10 +128,7 @@ def lock(out):
 
 def differences(path, mine):
     """{setting: what it was and is}. A setting that a later version added had its default."""
-    try:
-        theirs = {**dataclasses.asdict(Config()), **json.loads(path.read_text())}
-    except (ValueError, TypeError):
-        raise ConfigError(f"{path} cannot be read: give another --out, or remove it") from None
+    theirs = dataclasses.asdict(read_settings(path))
     return {
         name: f"{name} {theirs[name]!r} before, {value!r} now"
         for name, value in mine.items()

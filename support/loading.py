@@ -1,7 +1,7 @@
 """What a run starts from: the checks of its world and model, the policy and its optimizer."""
 
-import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,9 +9,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import envs
 import hiper
-from config import Config, ConfigError, check
-from support.arguments import read_config
+from config import ConfigError, check
+from support.arguments import read_config, read_settings
 from support.cloning import HEADS, clone_expert
 from support.model_check import check_model
 from support.world_check import try_world
@@ -82,7 +83,11 @@ def check_output_layer(actor, config):
 
 
 def load_tokenizer(path):
-    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    """ConfigError where its files cannot be read."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    except Exception as error:  # of many kinds, from other packages
+        raise ConfigError(f"the tokenizer of {path} cannot be loaded: {error}") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     if tokenizer.eos_token_id is None:
@@ -131,10 +136,8 @@ def load_run(out):
             f"{out} holds no finished training run (config.json and actor/): give the --out of "
             "train.py"
         )
-    try:
-        config = Config(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{path} is not a configuration of this version: {error}") from None
+    config = read_settings(path)
+    check(replace(config, optimizer="adamw"))  # bitsandbytes need not be here
     return config, folder, "best" if is_best else "last"
 
 
@@ -145,11 +148,21 @@ def load_evaluated(args):
     """
     if not args.settings:
         config, folder, which = load_run(args.out)
+        try_world(config)
+        check_split(config, args.split)
         return config, folder, {"run": f"{args.out} in {config.env}", "checkpoint": which}
     config = read_config(args.settings)
     check(config)
     check_world_and_model(config)
+    check_split(config, args.split)
     return config, config.model, {"model": f"{config.model} in {config.env}, not trained"}
+
+
+def check_split(config, split):
+    """ConfigError for a split that the world does not have; None is its last one."""
+    splits = envs.world(config.env).SPLITS
+    if split and split not in splits:
+        raise ConfigError(f"{config.env} has no split {split!r}: choose {' or '.join(splits)}")
 
 
 def choose_tasks(size, count):

@@ -81,6 +81,9 @@ def test_training_writes_what_it_promises(trained):
         "lock",
     }
     settings = json.loads((trained.out / "config.json").read_text())
+    versions = settings.pop("versions")
+    assert {"python", "torch", "transformers", "accelerate", "numpy"} <= versions.keys()
+    assert versions["torch"] == torch.__version__
     assert settings == dataclasses.asdict(read_config(flags("run")))
     assert settings.items() >= {**FLAGS, "out": "run"}.items()
     if "curve.png" in os.listdir(trained.out):

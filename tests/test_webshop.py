@@ -12,6 +12,7 @@ import os
 import random
 import re
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -193,6 +194,12 @@ def test_ties_keep_the_order_and_no_match_is_empty():
 # ---- the engine ----
 
 
+def test_ties_come_in_the_order_of_names():
+    texts = ["oak chair", "oak table", "pine chair", "oak bench"]
+    assert Index(texts, ["B3", "B1", "B0", "B2"]).search("oak") == (1, 3, 0)
+    assert Index(texts).search("oak") == (0, 1, 3)
+
+
 def test_index_and_results_pages(shop):
     goal = goal_of(shop)
     start = f"Instruction: [SEP] {goal['instruction']} [SEP] "
@@ -235,13 +242,13 @@ def test_pages_of_a_product(shop):
     buttons = ["back to search", "< prev", "description", "features", "reviews", "buy now"]
     assert shop.clickables == [*buttons, "red", "dark blue", "s | m", "l"]
     subpages = {
-        "Description": "Made of Solid Wood.",
-        "features": "one [SEP] two",
-        "reviews": "No reviews found",
+        "Description": " [SEP] Made of Solid Wood.",
+        "features": " [SEP] one [SEP] two",
+        "reviews": "",  # the original writes nothing where there are none
     }
     for name, text in subpages.items():
         page, *_ = shop.step(f"click[{name}]")
-        assert page == start + "Back to Search [SEP] < Prev [SEP] " + text
+        assert page == start + "Back to Search [SEP] < Prev" + text
         assert shop.clickables == ["back to search", "< prev"]
         assert shop.step("click[< prev]")[0] == chair
     assert shop.options == {"color": "dark blue"}  # still
@@ -268,8 +275,22 @@ def test_inadmissible_actions_change_nothing(shop):
         "buy",
         "search[a\nb]",
         "look [search[oak]]",
+        "search[oak] please",
+        "search[oak]\n",
+        "please search[oak]",
+        "search[[oak]",
+        "search[" + "oak " * 2000 + "]",
     ):
         assert shop.step(action) == (page, 0.0, False)
+
+
+@pytest.mark.parametrize("hostile", ["[" * 32_000, "click" * 9000, "search[" + "]" * 32_000])
+def test_no_action_takes_long(shop, hostile):
+    shop.reset(goal_of(shop))
+    start = time.process_time()
+    shop.step(hostile)
+    shop.step("search[" + "_" * 4000 + "]")
+    assert time.process_time() - start < 0.5
 
 
 def test_buying(shop):
@@ -689,6 +710,14 @@ def test_replays_of_the_original(real):
                 assert observation == step["observation"]
         assert done
         assert score == replay["reward"] == 1.0
+
+
+@needs_data
+def test_products_of_equal_score_come_by_number(real):
+    """The scores of the sixth and seventh are equal to the last bit."""
+    query = "women's pumps closed toe rubber sole nude size 6 price < 80.00"
+    asins = [real.order[i].asin for i in real.index.search(query)]
+    assert asins[5:7] == ["B06Y52T6KC", "B09P5V8ZSK"]
 
 
 @needs_data

@@ -23,6 +23,7 @@ Differences from the original:
     have none) or images.
  4. Goals are the generated ones. Those written by people (items_human_ins.json) are not read.
  5. Prices and then limits are drawn from `seed`. The original draws them at every start.
+ 6. An action must match as a whole: the original also acts on `click[red] please`.
 """
 
 import itertools
@@ -39,7 +40,8 @@ FILES = (
     ("items_shuffle.json", "items_ins_v2.json"),
 )
 SUBPAGES = ("description", "features", "reviews")
-ACTION = re.compile(r"(.+)\[(.+)\]")
+ACTION = re.compile(r"(search|click)\[([^\[\n]+)\]")
+MAX_ACTION = 4096  # characters; a longer action changes nothing
 HITS_PER_PAGE = 10
 
 
@@ -127,7 +129,7 @@ class Catalogue:
                 attributes = instructions.get(asin, {}).get("attributes", ["DUMMY_ATTR"])
                 self.products[asin] = Product(raw, attributes)
         self.order = list(self.products.values())
-        self.index = Index([product.text() for product in self.order])
+        self.index = Index([product.text() for product in self.order], list(self.products))
         rng = random.Random(seed)
         self.prices = {}  # asin -> dollars
         for product in self.order:
@@ -253,10 +255,10 @@ class WebShop:
         """
         if self.done:
             raise RuntimeError("the session has ended (or not begun): call reset before step")
-        match = ACTION.match(action)
-        verb, text = match.groups() if match else (action, "")
+        match = ACTION.fullmatch(action) if len(action) <= MAX_ACTION else None
+        verb, text = match.groups() if match else ("", "")
         text = text.lower()
-        if verb == "search" and text:
+        if verb == "search":
             self._show_results(text, 1)
         elif verb == "click" and text in self.links and text != "search":
             self._click(text)
@@ -324,7 +326,7 @@ class WebShop:
         texts = {
             "description": [product.description],
             "features": [" " + bullet for bullet in product.bullets],
-            "reviews": ["No reviews found"],
+            "reviews": [],
         }
         links = dict.fromkeys(["back to search", "< prev"])
         self._show(page, links, join("Back to Search", "< Prev", *texts[page]))

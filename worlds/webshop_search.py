@@ -9,7 +9,7 @@ is the sum over the query's terms, repeated ones counted, of
 
 with N documents, n of them with the term. Lucene stores the length in one byte, which is exact up
 to 40 and coarser above. Terms are rounded to 32 bits as in Lucene, so that near-ties rank as there.
-Documents of equal score keep their order.
+Documents of equal score come in the order of their names, as in Anserini, which WebShop uses.
 
 Left out: the dictionary that splits Thai, Lao and Khmer into words.
 """
@@ -51,7 +51,7 @@ _MARK = "[\u00ad\u0300-\u036f\u200d-\u200f\ufe00-\ufe0f\U0001f3fb-\U0001f3ff]*"
 _LETTER = rf"[^\W\d_{_ALONE}{_NUMBERS}]{_MARK}"
 _WORD = re.compile(
     rf"""
-    _*(?:{_LETTER}|\d{_MARK})
+    (?:(?<!_)_+)?(?:{_LETTER}|\d{_MARK})
     (?: _*(?:{_LETTER}|\d{_MARK})
       | (?<=[^\W\d_])[:\u00b7.'\u2018\u2019\u2024\u2027\uff1a](?={_LETTER})  # l'eau, e.g
       | (?<=\d)[.,;'\u2018\u2019\u2024\u2044\uff0c](?=\d)                    # 1,000.50
@@ -180,13 +180,16 @@ def _ends_short(word):
 
 
 class Index:
-    """texts: list of str, one per document. Read-only once built: environments may share it.
+    """texts: list of str, one per document; names: as many, for ties, else the documents' order
+    decides. Read-only once built: environments may share it.
 
     search(query): numbers of the at most 50 best documents, best first, as a tuple of int. Cached,
     because the agents of one task send the same queries.
     """
 
-    def __init__(self, texts):
+    def __init__(self, texts, names=None):
+        by_name = sorted(range(len(texts)), key=names.__getitem__) if names else range(len(texts))
+        self.place = np.argsort(np.array(by_name, int))  # [N] of each document among the names
         self._stem = functools.lru_cache(maxsize=100_000)(stem)
         self.search = functools.lru_cache(maxsize=4096)(self._search)
         occurrences = defaultdict(list)  # term -> list of (document, how often)
@@ -218,7 +221,7 @@ class Index:
                 numbers, idf, saturation = self.postings[term]
                 scores[numbers] += idf * np.float32(times) * saturation
         hits = np.flatnonzero(scores)
-        order = np.argsort(-scores[hits].astype(np.float32), kind="stable")[:limit]
+        order = np.lexsort((self.place[hits], -scores[hits].astype(np.float32)))[:limit]
         return tuple(hits[order].tolist())
 
 

@@ -37,7 +37,7 @@ class Config:
     )
     env_options: dict = setting({}, "options of the world, as JSON: '{\"max_steps\": 30}'")
     model: str = setting(
-        "", "Hugging Face name or path of a causal LM; empty: a tiny Qwen2 from scratch"
+        "", "Hugging Face name, folder or GGUF file of a causal LM; empty: a tiny Qwen2"
     )
     method: str = setting("hiper", "how advantages are estimated", choices=METHODS)
     prompt: str = setting(
@@ -141,7 +141,9 @@ class Config:
         choices=("", "eager", "sdpa", "flash_attention_2"),
     )
 
-    bc_episodes: int = setting(0, "without --model: demonstrations that are cloned first", low=0)
+    bc_episodes: int = setting(
+        0, "the expert's demonstrations that the model is fine-tuned on first; 0: none", low=0
+    )
     eval_episodes: int = setting(0, "tasks of that split; 0: all", low=0)
     save_every: int = setting(10, "iterations between checkpoints and printed episodes", low=1)
 

@@ -52,9 +52,10 @@ from pathlib import Path
 from envs import EnvPool
 from support.arguments import read_config
 from support.cloning import clone_expert
+from support.distributed import make_accelerator
 config = read_config(sys.argv[2:])
 with EnvPool(config.env) as pool:
-    clone_expert(config, Path(sys.argv[1]), pool, "cpu")
+    clone_expert(config, Path(sys.argv[1]), pool, make_accelerator())
 """
 
 

@@ -27,7 +27,7 @@ from config import EVAL_TEMPERATURE, ConfigError
 from eval import choose_tasks, fail
 from rollout import collect
 from support.generation import generate
-from support.loading import load_actor, load_run, load_tokenizer
+from support.loading import load_actor, load_run, load_tokenizer, start_folder
 from support.metrics import format_table, summarize
 from support.tokens import response_text
 
@@ -112,7 +112,7 @@ def play(args):
     tasks = choose_tasks(envs.size(config.env, split), args.episodes)
     tokenizer = load_tokenizer(folder)
     actor = load_actor(folder, config, torch.float32)
-    frozen = load_actor(config.model or folder.parent / "start", config, torch.float32)
+    frozen = load_actor(start_folder(config, folder.parent), config, torch.float32)
     if torch.cuda.is_available():
         actor, frozen = actor.cuda(), frozen.cuda()
     options = envs.world_options(config)

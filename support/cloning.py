@@ -1,13 +1,15 @@
-"""The tiny agent: a tokenizer from the world's own words, a small Qwen2, and a cloned expert.
+"""Warm start: behaviour cloning of a scripted expert that makes mistakes, with `--bc_episodes N`.
 
-It stands in for pretrained weights where `--model` is not given: a byte-level BPE tokenizer that
-keeps `drawer 1` as one token, a Qwen2 of about half a million parameters, and behaviour cloning
-of a scripted expert that makes mistakes.
+A pretrained model (`--model`) is fine-tuned on the expert's turns. Without one the tiny agent is
+made from scratch: a byte-level BPE tokenizer from the world's own words, which keeps `drawer 1` as
+one token, and a Qwen2 of about half a million parameters.
 """
 
 import random
 import re
 from collections import Counter
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -21,28 +23,47 @@ from config import SUCCESS_REWARD
 from rollout import AgentState
 from support.batch import make_samples
 from support.generation import tokenize_prompts
+from support.ppo import set_checkpointing
 from support.scoring import micro_batches
 from support.tokens import token_bytes
 
-EPOCHS = 2  # passes over the demonstrations
-LEARNING_RATE = 2e-3
 BETAS = (0.9, 0.95)  # 0.999 averages squared gradients over 1,000 of the 1,600 steps
-BATCH = 32  # turns per step
 VALUE_WEIGHT = 0.002  # of the value loss beside the response loss
 HEADS = "value_heads.safetensors"
 
 
-def clone_expert(config, out, pool, device):
-    """Demonstrations, tokenizer, tiny model and cloning -> out/start, in Hugging Face's format."""
+class Recipe(NamedTuple):
+    """How the demonstrations are learnt."""
+
+    lr: float  # the peak
+    epochs: int  # passes over the demonstrations
+    batch: int  # turns per step
+
+
+FROM_SCRATCH = Recipe(lr=2e-3, epochs=1, batch=32)
+PRETRAINED = Recipe(lr=1e-4, epochs=1, batch=16)  # tried with a model of 135 million parameters
+
+
+def clone_expert(config, out, pool, accelerator, pretrained=None):
+    """Demonstrations and cloning -> out/start, in Hugging Face's format.
+
+    pretrained: (model, tokenizer) to fine-tune; without it a tiny model is made from scratch.
+    """
     settings = dict(getattr(envs.world(config.env), "DEMONSTRATOR", {}))
     size = envs.size(config.env, pool.split)
     tasks = demonstrated_tasks(size, config.bc_episodes, settings.pop("tasks", 0))
     examples = demonstrations(pool, tasks, config, **settings)
-    tokenizer = train_tokenizer([text for example in examples for text in example[:2]])
     torch.manual_seed(config.seed)
-    model = tiny_model(tokenizer, config.attention or "sdpa")
-    policy = hiper.ActorCritic(model, "shared").to(device)
-    clone(policy, tokenizer, examples, config)
+    if pretrained:
+        model, tokenizer = pretrained
+    else:
+        tokenizer = train_tokenizer([text for example in examples for text in example[:2]])
+        model = tiny_model(tokenizer, config.attention or "sdpa")
+    policy = hiper.ActorCritic(model, "shared").to(accelerator.device)
+    recipe = PRETRAINED if pretrained else FROM_SCRATCH
+    set_checkpointing(policy, True)
+    clone(policy, tokenizer, examples, config, recipe, accelerator.autocast)
+    set_checkpointing(policy, False)
     temporary = out / "start.tmp"
     policy.actor.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
@@ -51,10 +72,11 @@ def clone_expert(config, out, pool, device):
 
 
 def demonstrated_tasks(size, count, few):
-    """`count` task indices: of the first tasks, or spread over `few` tasks of the split."""
+    """`count` task indices: the first tasks, all again if there are too few; or spread over `few`
+    tasks of the split."""
     few = min(few, size)
     if not few:
-        return list(range(min(count, size)))
+        return [n % size for n in range(count)]
     return [n * few // count * size // few for n in range(count)]
 
 
@@ -228,11 +250,12 @@ def tiny_model(tokenizer, attention="eager", hidden=128, layers=2):
 # ---- cloning -----------------------------------------------------------------------------------
 
 
-def clone(policy, tokenizer, examples, config):
+def clone(policy, tokenizer, examples, config, recipe=FROM_SCRATCH, autocast=nullcontext):
     """Supervised learning of the demonstrations, in place -> the last steps' loss, nats a token.
 
     The actor learns the responses, the value heads the returns: the clone acts nearly as the
     expert did, so the critic need not start from nothing.
+    autocast() is entered anew for every forward pass: it keeps copies of the weights.
     """
     device = policy.value_heads.weight.device
     prompts = [prompt for prompt, _, _ in examples]
@@ -246,10 +269,8 @@ def clone(policy, tokenizer, examples, config):
         0.0 if left is None else SUCCESS_REWARD * config.gamma**left for _, _, left in examples
     ]
     returns = torch.tensor(returns, device=device)  # [N]
-    steps = _shuffled_batches(len(examples), config.seed)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=0.01
-    )
+    steps = _shuffled_batches(len(examples), recipe, config.seed)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=recipe.lr, betas=BETAS, weight_decay=0.01)
 
     def ramp(step):  # linear warm-up over 30 steps, then linearly down to a twentieth
         return min(1.0, (step + 1) / 30) * (1 - 0.95 * step / len(steps))
@@ -262,7 +283,8 @@ def clone(policy, tokenizer, examples, config):
         optimizer.zero_grad()
         total = 0.0
         for part in micro_batches(lengths, config.micro_batch_tokens, rows):
-            output = policy(*samples.model_inputs(part, device))
+            with autocast():
+                output = policy(*samples.model_inputs(part, device))
             loss = -output.logprobs.sum() / spoken
             values = torch.stack([output.v_high, output.v_low, output.v_switch])  # [3, n]
             value_loss = (values - returns[part]).square().sum() / len(rows)
@@ -275,12 +297,12 @@ def clone(policy, tokenizer, examples, config):
     return float(torch.stack(losses[-20:]).mean())
 
 
-def _shuffled_batches(count, seed):
-    """EPOCHS passes over `count` rows in batches of BATCH; a rest is left out."""
+def _shuffled_batches(count, recipe, seed):
+    """Passes over `count` rows in batches; a rest is left out."""
     rng = random.Random(seed)
     batches = []
-    for _ in range(EPOCHS):
+    for _ in range(recipe.epochs):
         order = rng.sample(range(count), count)
-        size = min(BATCH, count)
+        size = min(recipe.batch, count)
         batches += [order[n : n + size] for n in range(0, count - size + 1, size)]
     return batches

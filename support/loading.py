@@ -14,6 +14,7 @@ import hiper
 from config import ConfigError, check
 from support.arguments import read_config, read_settings
 from support.cloning import HEADS, clone_expert
+from support.gguf import model_folder
 from support.model_check import check_model
 from support.world_check import try_world
 
@@ -33,31 +34,48 @@ def check_world_and_model(config):
 def load_policy(config, out, pool, accelerator):
     """-> (ActorCritic, tokenizer, reference or None), on the CPU.
 
-    The start model is `--model`, or out/start, which is cloned from the expert where it is not
-    there yet.
+    With `--bc_episodes` the start model is a clone of the expert in out/start, made here where it
+    is not there yet.
     """
-    start = Path(config.model or out / "start")
-    if not config.model and not (start / "config.json").exists():
+    start = start_folder(config, out)
+    if config.bc_episodes and not (start / "config.json").exists():
         if accelerator.is_main_process:
-            clone_expert(config, out, pool, accelerator.device)
+            clone_expert(config, out, pool, accelerator, _load_pretrained(config))
         accelerator.wait_for_everyone()
-    tokenizer = load_tokenizer(config.model or start)
+    tokenizer = load_tokenizer(start)
     torch.manual_seed(config.seed)
     critic = config.critic if config.has_critic else "none"
-    actor = load_actor(config.model or start, config, torch.float32)
+    actor = load_actor(start, config, torch.float32)
     check_output_layer(actor, config)
     policy = hiper.ActorCritic(actor, critic)
     if config.gradient_checkpointing:
         for backbone in (policy.actor, policy.critic):
             if backbone is not None:
                 backbone.activation_checkpointing_enable()
-    if config.has_critic and not config.model:
+    if config.has_critic and config.bc_episodes:
         policy.value_heads.load_state_dict(load_file(start / HEADS))
     reference = None
     if config.uses_reference:
         half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-        reference = hiper.ActorCritic(load_actor(config.model or start, config, half), "none")
+        reference = hiper.ActorCritic(load_actor(start, config, half), "none")
     return policy, tokenizer, reference
+
+
+def start_folder(config, out):
+    """Where the model is that training starts from: the clone, or `--model` itself."""
+    return Path(out) / "start" if config.bc_episodes else Path(model_folder(config.model))
+
+
+def _load_pretrained(config):
+    """(model, tokenizer) of `--model` to be fine-tuned; None without one."""
+    if not config.model:
+        return None
+    folder = model_folder(config.model)
+    actor = load_actor(folder, config, torch.float32)
+    check_output_layer(actor, config)
+    if config.gradient_checkpointing:
+        actor.base_model.activation_checkpointing_enable()
+    return actor, load_tokenizer(folder)
 
 
 @torch.no_grad()
@@ -155,7 +173,11 @@ def load_evaluated(args):
     check(config)
     check_world_and_model(config)
     check_split(config, args.split)
-    return config, config.model, {"model": f"{config.model} in {config.env}, not trained"}
+    return (
+        config,
+        model_folder(config.model),
+        {"model": f"{config.model} in {config.env}, not trained"},
+    )
 
 
 def check_split(config, split):

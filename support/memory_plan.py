@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import hiper
 from config import ConfigError, check
+from support.gguf import model_folder
 from support.model_check import check_shape
 
 GPUS = (24, 80, 141)  # GB
@@ -71,7 +72,7 @@ def model_shape(model):
     if not model:
         return built_in("tiny"), "the tiny model from scratch"
     try:
-        return AutoConfig.from_pretrained(model), model
+        return AutoConfig.from_pretrained(model_folder(model)), model
     except (OSError, ValueError):
         if model in SHAPES:
             return built_in(model), f"{model}, its shape as built in: the hub was not reached"

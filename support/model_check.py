@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import AutoConfig, AutoTokenizer
 
 from config import ConfigError
+from support.gguf import model_folder
 from support.tokens import token_bytes
 
 HEAD = re.compile("ForCausalLM|LMHeadModel")  # in the class of a causal LM
@@ -16,7 +17,7 @@ HEAD = re.compile("ForCausalLM|LMHeadModel")  # in the class of a causal LM
 
 def check_model(config):
     """ConfigError where `config.model` has no causal LM or no tokenizer that can be used."""
-    name = config.model
+    name = model_folder(config.model)
     try:
         shape = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError):

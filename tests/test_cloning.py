@@ -10,7 +10,14 @@ import envs
 import hiper
 from conftest import tiny_config
 from support import cloning
-from support.cloning import clone, demonstrated_tasks, demonstrations, tiny_model, train_tokenizer
+from support.cloning import (
+    Recipe,
+    clone,
+    demonstrated_tasks,
+    demonstrations,
+    tiny_model,
+    train_tokenizer,
+)
 from support.generation import tokenize_prompts
 from worlds import household
 
@@ -152,7 +159,7 @@ def test_a_world_without_an_expert_says_so(tmp_path, monkeypatch):
 
 def test_demonstrated_tasks():
     assert demonstrated_tasks(10, 4, 0) == [0, 1, 2, 3]
-    assert demonstrated_tasks(3, 4, 0) == [0, 1, 2]
+    assert demonstrated_tasks(3, 4, 0) == [0, 1, 2, 0]
     assert demonstrated_tasks(100, 6, 3) == [0, 0, 33, 33, 66, 66]
     assert demonstrated_tasks(2, 4, 3) == [0, 0, 1, 1]
 
@@ -197,17 +204,15 @@ def new_policy(tokenizer):
 
 
 @pytest.mark.parametrize("tokens", [150, 10**6])
-def test_cloning_does_not_depend_on_the_micro_batches(tiny_tokenizer, monkeypatch, tokens):
-    monkeypatch.setattr(cloning, "EPOCHS", 1)
-    monkeypatch.setattr(cloning, "BATCH", 8)
-    monkeypatch.setattr(cloning, "LEARNING_RATE", 1e-3)
+def test_cloning_does_not_depend_on_the_micro_batches(tiny_tokenizer, tokens):
+    recipe = Recipe(lr=1e-3, epochs=1, batch=8)
     examples = demonstrate(range(3))[:16]
     policy = new_policy(tiny_tokenizer)
     reference = copy.deepcopy(policy)
     config = tiny_config(gamma=0.9, micro_batch_tokens=tokens)
-    loss = clone(policy, tiny_tokenizer, examples, config)
+    loss = clone(policy, tiny_tokenizer, examples, config, recipe)
     config = dataclasses.replace(config, micro_batch_tokens=400)
-    expected = clone(reference, tiny_tokenizer, examples, config)
+    expected = clone(reference, tiny_tokenizer, examples, config, recipe)
     assert loss == pytest.approx(expected, rel=1e-4)
     pairs = zip(policy.named_parameters(), reference.parameters(), strict=True)
     for (name, mine), theirs in pairs:
@@ -216,8 +221,6 @@ def test_cloning_does_not_depend_on_the_micro_batches(tiny_tokenizer, monkeypatc
 
 def test_cloning_s_first_step_is_that_of_its_loss(tiny_tokenizer, monkeypatch):
     """Mean nats of the responses' tokens, by the model's own logits; norm before clipping."""
-    monkeypatch.setattr(cloning, "EPOCHS", 1)
-    monkeypatch.setattr(cloning, "BATCH", 6)
     monkeypatch.setattr(cloning, "VALUE_WEIGHT", 0.0)
     clip = torch.nn.utils.clip_grad_norm_
     norms = []
@@ -227,7 +230,8 @@ def test_cloning_s_first_step_is_that_of_its_loss(tiny_tokenizer, monkeypatch):
     examples = demonstrate(range(2))[:6]
     policy = new_policy(tiny_tokenizer)
     start = copy.deepcopy(policy)
-    clone(policy, tiny_tokenizer, examples, tiny_config(gamma=0.9))
+    recipe = Recipe(lr=1e-3, epochs=1, batch=6)
+    clone(policy, tiny_tokenizer, examples, tiny_config(gamma=0.9), recipe)
     logprobs = []
     for prompt, response, _ in examples:
         prompt_ids = tiny_tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -242,7 +246,6 @@ def test_cloning_s_first_step_is_that_of_its_loss(tiny_tokenizer, monkeypatch):
 
 
 def test_cloning_cuts_long_prompts_as_playing_does(tiny_tokenizer, monkeypatch):
-    monkeypatch.setattr(cloning, "EPOCHS", 1)
     make_samples = cloning.make_samples
     seen = []
 

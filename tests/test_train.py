@@ -45,7 +45,7 @@ from script_tools import (
 )
 from support import checkpoint, cloning, files
 from support.arguments import read_config
-from support.distributed import prepare
+from support.distributed import make_accelerator, prepare
 from support.loading import make_optimizer
 from update_tools import make_run, plain_config, same, steady
 
@@ -532,7 +532,7 @@ def test_very_few_demonstrations(tmp_path):
     """Fewer turns than a batch of cloning: they are cloned all the same."""
     config = tiny_config(**{**FLAGS, "bc_episodes": 1})
     with envs.EnvPool("household", "train", workers=1) as pool:
-        cloning.clone_expert(config, tmp_path, pool, torch.device("cpu"))
+        cloning.clone_expert(config, tmp_path, pool, make_accelerator())
     assert (tmp_path / "start" / "config.json").exists()
 
 

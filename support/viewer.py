@@ -6,6 +6,7 @@ B episodes, T turns, N turns in all, L response tokens.
 """
 
 import codecs
+import pickle
 from types import SimpleNamespace
 
 import torch
@@ -14,6 +15,7 @@ from accelerate.utils import gather_object
 import envs
 import hiper
 from baselines import baseline_advantages
+from config import ConfigError
 from hae import gae, normalize
 from support.batch import make_batch
 from support.pages import write_page
@@ -80,19 +82,27 @@ def score_episodes(policy, episodes, config, tokenizer):
 
 
 def load_policy_with_critic(actor, config, out):
-    """The actor with the value heads of OUT/checkpoint -> (ActorCritic, a sentence on it)."""
+    """The actor with the value heads of OUT/checkpoint -> (ActorCritic, a sentence on it).
+
+    out: the run's folder, or None. Without a critic that can be read the value heads are None.
+    """
     note = "Probabilities are the policy's own, at temperature 1."
-    if not config.has_critic:
-        return hiper.ActorCritic(actor, "none"), f"{note} {config.method} has no critic."
     weights = out / "checkpoint" / "pytorch_model.bin" if out else None
-    if weights is None or not weights.is_file():
-        why = f"{weights} is not there" if out else "the model is not trained"
-        return hiper.ActorCritic(
-            actor, "none"
-        ), f"{note} No values or advantages, no critic: {why}."
-    policy = hiper.ActorCritic(actor, config.critic)
-    policy.load_state_dict(torch.load(weights, weights_only=True, map_location="cpu"))
-    return policy.to(actor.device), note
+    if not config.has_critic:
+        missing = f"{config.method} has no critic"
+    elif out is None:
+        missing = "no critic: the model is not trained"
+    elif not weights.is_file():
+        missing = f"no critic: {out} has no checkpoint of one process"
+    else:
+        policy = hiper.ActorCritic(actor, config.critic)
+        try:
+            state = torch.load(weights, weights_only=True, map_location="cpu")
+            policy.load_state_dict(state)
+        except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
+            raise ConfigError(f"{weights} is damaged: evaluate {out}/best instead") from None
+        return policy.to(actor.device), note
+    return hiper.ActorCritic(actor, "none"), f"{note} No values or advantages, {missing}."
 
 
 # ---- episodes as plain numbers -----------------------------------------------------------------
@@ -148,7 +158,7 @@ def page_data(episodes, old, advantages, config, tokenizer, *, has_critic):
                 "turns": turns,
             }
         )
-    settings = ("env", "method", "gamma", "lam_low", "lam_high", "gae_lambda", "switch_advantage")
+    settings = ("method", "prompt")
     return {
         "settings": {name: getattr(config, name) for name in settings},
         "texts": list(texts.number_of),

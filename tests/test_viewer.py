@@ -11,10 +11,17 @@ import torch
 
 import eval as evaluation
 from browser import dump_dom
+from config import ConfigError
 from hae import gae
 from support.pages import as_json, write_page
 from support.tokens import response_text
-from support.viewer import page_data, score_episodes, token_texts, write_training
+from support.viewer import (
+    load_policy_with_critic,
+    page_data,
+    score_episodes,
+    token_texts,
+    write_training,
+)
 from update_tools import make_episode, plain_config
 
 HOSTILE = (
@@ -252,6 +259,14 @@ def test_training_writes_only_the_first_episodes(tiny_policy, tiny_tokenizer, ep
     run.accelerator.is_main_process = False
     write_training(tmp_path, 8, run, many, old, advantages)
     assert "iteration 7" in shown_data(tmp_path / "episodes.html")["title"]
+
+
+def test_a_damaged_critic_is_said_in_one_sentence(tiny_actor, tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    for content in (b"", b"junk" * 100):
+        (tmp_path / "checkpoint" / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises(ConfigError, match="damaged"):
+            load_policy_with_critic(tiny_actor, plain_config(), tmp_path)
 
 
 def test_evaluation_writes_its_episodes(trained, tmp_path):

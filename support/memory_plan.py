@@ -1,6 +1,6 @@
 """What a run will need: `python train.py --plan [CONFIG.yaml] [--flag value ...]`.
 
-Prints parameters, memory per GPU and what fits on 24, 80 and 141 GB, from the model's shape alone.
+Prints parameters, memory per GPU, disk, and what fits on 24, 80 and 141 GB, from the model's shape.
 Each figure is a formula below, in bytes, for the way train.py runs on GPUs: float32 weights, bf16
 autocast, fused attention, prompts and responses at their longest. GB are 10^9 bytes.
 
@@ -201,6 +201,14 @@ def memory(s, config, shards=1):
     return parts, peaks
 
 
+def disk(s, config):
+    """-> (bytes of a checkpoint, bytes of a run at its largest: three of them and three actors)."""
+    trained = s.actor + s.critic + s.heads
+    moments = 2 * (1 + 4 / 256) if config.optimizer == "adamw8bit" else 8
+    checkpoint = (4 + moments) * trained
+    return checkpoint, 3 * checkpoint + 3 * 4 * s.actor
+
+
 # ---- what fits ---------------------------------------------------------------------------------
 
 
@@ -253,6 +261,11 @@ def show(config):
     for name, (size, phases) in parts.items():
         show_row(name, [f"{size / 1e9:.2f}" if phase in phases else "" for phase in PHASES])
     show_row("peak", [f"{size / 1e9:.2f}" for size in peaks.values()])
+    kept, whole = disk(s, config)
+    print(
+        f"\nDisk: {kept / 1e9:.1f} GB a checkpoint; {whole / 1e9:.1f} GB in all, at the moment "
+        "when a third one is written."
+    )
     print(f"\nWhat fits, {RESERVE:.0%} being left to CUDA, NCCL and fragmentation.")
     print("Weights replicated, more GPUs share only the episodes:")
     show_fits(s, config, COUNTS, sharded=False)

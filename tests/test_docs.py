@@ -56,6 +56,14 @@ def test_the_example_world_is_played_to_the_end_by_its_expert(tmp_path, monkeypa
             assert not truncated
 
 
+def test_the_script_that_uses_an_actor_runs(tiny_actor, tiny_tokenizer, tmp_path, capsys):
+    [code] = re.findall(r"```python\n(.*?)```", PAGES["llm.md"], re.DOTALL)
+    tiny_actor.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    exec(code.replace("runs/household-0/actor", str(tmp_path)), {})
+    assert capsys.readouterr().out.split()[0] in ("True", "False")
+
+
 @pytest.mark.parametrize("page", sorted(PAGES))
 def test_every_file_named_is_there(page):
     named = re.findall(r"`((?:[\w-]+/)*[\w.-]+\.(?:py|txt|yaml|svg|jsonl))`", PAGES[page])

@@ -450,3 +450,12 @@ def test_accelerate_reads_its_configurations(name, machines, processes, kind):
     assert bool(read.main_process_ip) == (machines > 1)
     assert bool(read.fsdp_config) == (kind == "FSDP")
     assert not read.deepspeed_config
+
+
+def test_the_disk_of_a_run():
+    """docs/llm.md states these two numbers."""
+    s = plan.count_sizes(plan.built_in("Qwen/Qwen2.5-1.5B-Instruct"))
+    checkpoint, whole = plan.disk(s, Config())
+    assert round(checkpoint / 1e9) == 37
+    assert round(whole / 1e9) == 130
+    assert round(plan.disk(s, Config(optimizer="adamw8bit"))[0] / 1e9) == 19

@@ -9,6 +9,7 @@ import pytest
 
 import envs
 from config import FIELDS, check
+from support import cloning, world_check
 from support.arguments import read_config
 
 ROOT = Path(__file__).parent.parent
@@ -39,21 +40,30 @@ def test_the_readme_is_a_front_door():
     assert (ROOT / "docs" / "method.svg").is_file()
 
 
-def test_the_example_world_is_played_to_the_end_by_its_expert(tmp_path, monkeypatch):
+@pytest.fixture
+def example(tmp_path, monkeypatch):
+    """The module of docs/custom_world.md, under a name that no user's file has."""
     [code] = re.findall(r"```python\n(.*?)```", PAGES["custom_world.md"], re.DOTALL)
     (tmp_path / "documented_corridor.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    with envs.EnvPool("documented_corridor", "unseen") as pool:
-        for index in range(envs.size("documented_corridor", "unseen")):
-            pool.reset({0: index})
-            subgoal = ""
-            ended = False
-            while not ended:
-                _, subgoal, action = pool.expert({0: subgoal})[0]
-                _, reward, ended, truncated, info = pool.step({0: action})[0]
-            assert info["won"]
-            assert reward == 1.0
-            assert not truncated
+    yield "documented_corridor"
+    sys.modules.pop("documented_corridor", None)
+
+
+def test_the_example_world_keeps_the_interface_and_its_expert_wins(example):
+    faults, summary = world_check.check_world(example, tasks=50)
+    assert faults == []
+    assert "the expert wins 48 of 48 tasks" in summary
+
+
+def test_the_example_world_leaves_something_to_learn(example):
+    """Its demonstrator, which the tiny agent clones, wins some of the tasks and not most."""
+    config = read_config(["--env", example])
+    settings = envs.world(example).DEMONSTRATOR
+    with envs.EnvPool(example, "train") as pool:
+        turns = cloning.demonstrations(pool, list(range(38)) * 10, config, **settings)
+    won = sum(left == 0 for _, _, left in turns) / 380
+    assert 0.3 < won < 0.5
 
 
 def test_the_script_that_uses_an_actor_runs(tiny_actor, tiny_tokenizer, tmp_path, capsys):

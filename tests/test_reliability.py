@@ -1,6 +1,7 @@
 """What a run survives: NaN weights, flipped bits, kills between two files, signals, a second run,
 full disks. docs/reliability.md has the table; tests/long/ the longer forms."""
 
+import errno
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from accelerate import Accelerator
 
 import train
 from config import ConfigError
+from reliability_tools import LOG, can_mount, fill_disks, kill_at_operations, make_tiny_run
 from script_tools import (
     ROOT,
     actor_of,
@@ -32,8 +34,6 @@ from support.distributed import prepare
 from support.loading import make_optimizer
 from support.metrics import format_episode
 from update_tools import make_run, plain_config, same
-
-LOG = {"lines": [{"iteration": 0, "success": 1.0}], "evals": [{"iteration": 0, "success": 0.5}]}
 
 
 @pytest.fixture(autouse=True)
@@ -351,3 +351,63 @@ def test_nothing_of_a_world_steers_the_terminal():
     assert not set("\x1b\x07\r\u202e\ud800") & set(shown)
     assert "\\x1b[2J" in shown
     assert "\nshelf é" in shown
+
+
+# ---- bounded forms of tests/long ---------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_run(tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(checkpoint, "plot_curves", lambda *_: None)
+    run = make_tiny_run(tiny_tokenizer)
+    yield run
+    run.accelerator.free_memory()
+
+
+def test_killed_at_file_operations_a_checkpoint_is_left(tiny_run, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    for iteration in (1, 2):
+        checkpoint.save_checkpoint(out, tiny_run, iteration, LOG)
+    iterations, _ = kill_at_operations(out, tiny_run, random.Random(0).sample(range(1, 60), 8))
+    assert set(iterations) <= {2, 3}
+
+
+def test_real_disks_that_are_full(tiny_run, tmp_path):
+    """One sentence, and what was saved before can be loaded."""
+    if not can_mount(tmp_path):
+        pytest.skip("may not mount a disk")
+    results = fill_disks(tmp_path, tiny_run, (4, 300, 1100, 2900, 20_000))
+    assert results[4] == 0
+    assert results[20_000] == 3
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "disk is full: make room"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "disk is full: make room"),
+        (OSError(errno.EROFS, "Read-only file system", "x"), "x (Read-only file system): make it"),
+        (OSError(errno.EACCES, "Permission denied"), "(Permission denied): make it writable"),
+        (Exception("No space left on device (os error 28)"), "disk is full"),
+    ],
+)
+def test_what_is_said_of_a_disk(tmp_path, error, said):
+    with pytest.raises(ConfigError) as raised, files.disk_errors(tmp_path):
+        raise error
+    assert said in str(raised.value)
+    assert str(raised.value).endswith("the same command again; it goes on from the last checkpoint")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error"),  # the disk has room
+        OSError(errno.EACCES, "Permission denied", "/elsewhere/data.json"),  # not ours to write
+        FileNotFoundError(errno.ENOENT, "No such file"),
+    ],
+)
+def test_other_errors_are_not_called_a_full_disk(tmp_path, error):
+    with pytest.raises(type(error)) as raised, files.disk_errors(tmp_path):
+        raise error
+    assert raised.value is error

@@ -76,6 +76,13 @@ def test_a_setting_of_a_later_version_had_its_default(tmp_path):
     assert differing_settings([read_run(old), read_run(new)]) == {}
 
 
+def test_versions_are_no_settings(tmp_path):
+    """config.json holds what a run was made with: runs of two commits are still one group."""
+    one = write_run(tmp_path / "a", [0.1], versions={"commit": "1"})
+    two = write_run(tmp_path / "b", [0.1], versions={"commit": "2"})
+    assert differing_settings([read_run(one), read_run(two)]) == {}
+
+
 def test_the_charts_are_the_logs(folders):
     data = report_data([read_run(folder) for folder in folders])
     found = charts(data)

@@ -35,8 +35,10 @@ import importlib
 import inspect
 import os
 import sys
+import warnings
 
-from support import env_workers
+from support import env_workers, world_guard
+from support.world_guard import WorldError
 
 WORLDS = ("household", "alfworld", "webshop")
 MAX_STEPS = 100  # step limit of a world that names none
@@ -95,14 +97,16 @@ class EnvPool:
 
     Environments live in this process, or, where the world says IN_PROCESS = False, in `workers`
     processes of their own (0: one per core). A process that dies or hangs is replaced. Its
-    episodes are lost: `step` and `expert` answer None for their slots until they are reset.
-    A task at which two processes in a row were lost raises RuntimeError.
+    episodes are lost, and so is one whose world raises or breaks the interface: `step` and
+    `expert` answer None for their slots until they are reset. A task that fails twice in a row
+    raises WorldError. What a world raises before its first step is done is raised as it is.
     """
 
     def __init__(self, name, split="train", workers=0, **options):
         self.name, self.split = name, split
         self.tasks = {}  # slot -> task index
-        self.failed = set()  # tasks at which a process was lost
+        self.failed = set()  # tasks at which an episode was lost
+        self.works = False  # whether a step has been taken
         self.steps = {}  # slot -> steps of its episode
         module = world(name)
         self.limit, options = step_limit(module, options)
@@ -124,6 +128,7 @@ class EnvPool:
     def step(self, actions):
         """{slot: action} -> {slot: (observation, reward, terminated, truncated, info) or None}"""
         answers = self._call("step", actions)
+        self.works = self.works or bool(answers)
         for slot, (observation, reward, terminated, truncated, info) in answers.items():
             self.steps[slot] += 1
             if self.limit and self.steps[slot] >= self.limit and not terminated:
@@ -148,16 +153,19 @@ class EnvPool:
         self.close()
 
     def _call(self, method, arguments):
-        """{slot: argument} -> {slot: answer}, without the slots whose process was lost."""
-        answers, losses = self.envs.call(method, arguments)
-        for slot, reason in losses.items():
+        """{slot: argument} -> {slot: answer}, without the slots whose episode was lost."""
+        answers, lost = self.envs.call(method, arguments)
+        answers, faults = world_guard.sift(method, answers, self.steps, self.works)
+        for slot, reason in lost.items():
+            faults[slot] = f"its environment process {reason}"
+        for slot, reason in faults.items():
             index = self.tasks[slot]
+            where = f"task {index} of {self.name}'s split {self.split!r}"
             if index in self.failed:
-                raise RuntimeError(
-                    f"task {index} of {self.name}'s split {self.split!r} failed twice: its "
-                    f"environment process {reason}"
-                )
+                raise WorldError(f"{where} failed twice: {reason}")
             self.failed.add(index)
+            if slot not in lost:
+                warnings.warn(f"{where} failed and begins anew: {reason}", stacklevel=2)
         return answers
 
 

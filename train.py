@@ -262,7 +262,7 @@ def main(argv=None):
         out = Path(config.out)
         with disk_errors(out), checkpoint.run_dir(out, config, accelerator):
             train(config, accelerator, out)
-    except (ConfigError, FloatingPointError) as error:
+    except (ConfigError, FloatingPointError, envs.WorldError) as error:
         sys.exit(fail(error))
     except Stopped as stopped:
         leave(stopped, accelerator)

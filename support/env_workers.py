@@ -9,11 +9,14 @@ import contextlib
 import importlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
 import time
 import warnings
+
+from support.world_guard import describe
 
 LIMIT = 120.0  # seconds for one answer, after which the process is killed
 
@@ -27,20 +30,32 @@ class LocalEnvs:
         self.envs = {}
 
     def call(self, method, arguments):
-        """method: reset, step or expert; {slot: argument} -> ({slot: answer}, no losses)."""
-        return {slot: self.answer(method, slot, arguments[slot]) for slot in arguments}, {}
+        """method: reset, step or expert; {slot: argument} -> ({slot: answer}, no losses).
+
+        In the place of an answer is the exception that the world raised.
+        """
+        return {slot: self.attempt(method, slot, arguments[slot]) for slot in arguments}, {}
+
+    def attempt(self, method, slot, argument):
+        try:
+            return self.answer(method, slot, argument)
+        except (Exception, SystemExit) as error:
+            error.described = describe(error)  # the place in the source is not pickled
+            return error
 
     def answer(self, method, slot, argument):
         if method == "reset":
             if slot in self.envs:
-                self.envs.pop(slot).close()
+                with contextlib.suppress(Exception):
+                    self.envs.pop(slot).close()
             self.envs[slot] = self.world.make(self.split, argument, **self.options)
             return self.envs[slot].reset()
         return getattr(self.envs[slot], method)(argument)
 
     def close(self):
         for env in self.envs.values():
-            env.close()
+            with contextlib.suppress(Exception):
+                env.close()
         self.envs = {}
 
 
@@ -56,7 +71,8 @@ class WorkerEnvs:
     def call(self, method, arguments):
         """method: reset, step or expert; {slot: argument} -> ({slot: answer}, {slot: reason}).
 
-        Without an answer are the slots of lost processes. The second value names the slots at
+        In the place of an answer may be the exception that the world raised. Without an answer are
+        the slots of lost processes. The second value names the slots at
         which a process was lost, and what became of it. The order of the answers does not depend
         on the number of processes.
         """
@@ -64,12 +80,9 @@ class WorkerEnvs:
         for worker, share in shares.items():  # all start before the first is waited for
             worker.send(method, share)
         answers = {}
-        for worker, share in shares.items():  # all are read before an exception is raised
+        for worker, share in shares.items():
             answers.update(worker.receive(share))
         losses = self._replace_lost()
-        for answer in answers.values():
-            if isinstance(answer, Exception):
-                raise answer
         return {slot: answers[slot] for slot in arguments if slot in answers}, losses
 
     def close(self):
@@ -168,8 +181,11 @@ class Worker:
 def serve():
     """A worker's loop: read (method, {slot: argument}), answer slot by slot, until the pipe ends.
 
-    What the engine prints goes to stderr.
+    What the engine prints goes to stderr. The signals that ask a run to stop (support/stopping.py)
+    are the trainer's: an iteration that is to end needs its environments.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     requests = sys.stdin.buffer
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -180,18 +196,19 @@ def serve():
         except EOFError:
             return local.close()
         for slot, argument in arguments.items():
-            try:
-                answer = pickle.dumps(local.answer(method, slot, argument))
-            except Exception as error:  # it is raised in the calling process
-                answer = _pickled(error)
-            answers.write(answer)
+            answers.write(_pickled(local.attempt(method, slot, argument)))
             answers.flush()
 
 
-def _pickled(error):
-    """The exception as bytes; its text alone where it cannot be rebuilt from them."""
+def _pickled(answer):
+    """The answer as bytes; a RuntimeError where it cannot be rebuilt from them."""
     try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        error = RuntimeError(f"{type(error).__name__}: {error}")
-    return pickle.dumps(error)
+        raw = pickle.dumps(answer)
+        if isinstance(answer, BaseException):
+            pickle.loads(raw)  # the errors of some packages fail here
+        return raw
+    except Exception as error:
+        failed = answer if isinstance(answer, BaseException) else error
+        lost = RuntimeError(f"{type(failed).__name__}: {failed}")
+        lost.described = getattr(failed, "described", str(lost))
+        return pickle.dumps(lost)

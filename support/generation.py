@@ -6,6 +6,7 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from support.tokens import token_bytes
+from support.world_guard import replace_surrogates
 
 
 class StopAtTag(StoppingCriteria):
@@ -117,11 +118,6 @@ def tokenize_around(tokenizer, chat):
     for part, as_text in ((chat[:start], False), (chat[start:end], True), (chat[end:], False)):
         ids += tokenizer(part, add_special_tokens=False, split_special_tokens=as_text)["input_ids"]
     return ids
-
-
-def replace_surrogates(text):
-    """The text with `?` for each half of a surrogate pair, which no encoder takes."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def _chat(tokenizer, text):

@@ -4,10 +4,10 @@ import inspect
 import json
 import pickle
 import random
-import traceback
 
 import envs
 from config import ConfigError
+from support.world_guard import describe
 
 LIMIT = 500  # steps after which an episode counts as endless
 STEP = "step must return (observation, reward, terminated, truncated, info)"
@@ -303,12 +303,3 @@ def guarded(call, *arguments):
         raise
     except Exception as error:
         raise Fault(f"{describe(error)}") from None
-
-
-def describe(error):
-    """An exception in one line, with the place in the source where it was raised."""
-    text = " ".join(str(error).split())
-    place = traceback.extract_tb(error.__traceback__)[-1:]
-    if isinstance(error, SyntaxError) or not place:
-        return f"{type(error).__name__}: {text}"
-    return f"{type(error).__name__}: {text} ({place[0].filename}, line {place[0].lineno})"

@@ -98,7 +98,10 @@ def load_policy_with_critic(actor, config, out):
         policy = hiper.ActorCritic(actor, config.critic)
         try:
             state = torch.load(weights, weights_only=True, map_location="cpu")
-            policy.load_state_dict(state)
+            critic = {name: w for name, w in state.items() if not name.startswith("actor.")}
+            missing, unknown = policy.load_state_dict(critic, strict=False)  # the actor is there
+            if unknown or any(not name.startswith("actor.") for name in missing):
+                raise KeyError(f"not this policy's critic: {missing} {unknown}")
         except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
             raise ConfigError(f"{weights} is damaged: evaluate {out}/best instead") from None
         return policy.to(actor.device), note

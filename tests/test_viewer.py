@@ -4,6 +4,7 @@ import json
 import random
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,7 @@ from support.viewer import (
 )
 from update_tools import make_episode, plain_config
 
+EXAMPLE = Path(__file__).parent.parent / "examples" / "household"
 HOSTILE = (
     "</script><script>document.title='ran'</script><img src=x onerror=\"document.title='ran'\">"
     "<svg onload=\"document.title='ran'\">' \" onclick=\"document.title='ran'\" {{DATA}} \u2028 é"
@@ -267,6 +269,22 @@ def test_a_damaged_critic_is_said_in_one_sentence(tiny_actor, tmp_path):
         (tmp_path / "checkpoint" / "pytorch_model.bin").write_bytes(content)
         with pytest.raises(ConfigError, match="damaged"):
             load_policy_with_critic(tiny_actor, plain_config(), tmp_path)
+    torch.save(
+        {"value_heads.weight": torch.zeros(3, 32)}, tmp_path / "checkpoint/pytorch_model.bin"
+    )
+    with pytest.raises(ConfigError, match="damaged"):  # a part is missing
+        load_policy_with_critic(tiny_actor, plain_config(), tmp_path)
+
+
+def test_the_example_agent_opens_with_its_critic(tmp_path):
+    """examples/household is complete, plays, and is about 2 MB."""
+    page = tmp_path / "page.html"
+    evaluation.main([str(EXAMPLE), "--episodes", "4", "--html", str(page)])
+    data = shown_data(page)
+    assert len(data["episodes"]) == 4
+    assert sum(episode["success"] for episode in data["episodes"]) >= 2
+    assert all("raw" in turn for turn in data["episodes"][0]["turns"])
+    assert sum(path.stat().st_size for path in EXAMPLE.rglob("*")) < 2.2e6
 
 
 def test_evaluation_writes_its_episodes(trained, tmp_path):

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from config import ConfigError
 from support.arguments import read_settings
-from support.files import sha256, swap_in, write_whole
+from support.files import remove_stale, sha256, swap_in, write_whole
 from support.plots import plot_curves
 
 # Settings that do not change what is learnt: a run goes on with others.
@@ -152,6 +152,7 @@ def save_checkpoint(out, run, iteration, log):
     weights = accelerator.get_state_dict(run.policy)
     refuse_not_finite(weights, out)
     if accelerator.is_main_process:
+        remove_stale(out)
         shutil.rmtree(temporary, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary), safe_serialization=False)

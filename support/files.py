@@ -31,7 +31,7 @@ def swap_in(new, place):
     """Put the folder `new`, synced, in place of the folder `place`.
 
     What cannot be removed (on NFS, while a file in it is open) stays beside it as NAME.stale-N,
-    until a later call can remove it.
+    until a later `remove_stale` can.
     """
     sync_tree(new)
     free = make_way(place)
@@ -43,14 +43,18 @@ def swap_in(new, place):
 
 def make_way(place):
     """Move the folder `place`, if there is one, to a free name beside it -> the name or None."""
-    for stale in place.parent.glob(f"{place.name}.stale-*"):
-        shutil.rmtree(stale, ignore_errors=True)
     if not place.exists():
         return None
     names = (place.with_name(f"{place.name}.stale-{n}") for n in itertools.count())
     free = next(name for name in names if not name.exists())
     place.rename(free)
     return free
+
+
+def remove_stale(folder):
+    """Remove what earlier calls of `swap_in` had to leave in the folder, as far as that works."""
+    for stale in folder.glob("*.stale-*"):
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 def sync_tree(folder):

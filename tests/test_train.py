@@ -314,7 +314,7 @@ def test_a_save_is_whole_at_any_moment(tiny_policy, tiny_tokenizer, tmp_path, mo
     log = {"lines": [{"iteration": 0, "success": 1.0}], "evals": []}
     monkeypatch.setattr(checkpoint, "plot_curves", lambda *_: None)
     accelerator = Accelerator(cpu=True)
-    config = plain_config()
+    config = plain_config(save_every=1)
     policy, optimizer = prepare(tiny_policy, make_optimizer(tiny_policy, config), accelerator)
     run = make_run(policy, config, accelerator, optimizer, tiny_tokenizer)
     before = {name: value.clone() for name, value in policy.state_dict().items()}

@@ -94,8 +94,8 @@ def main(argv=None):
 
 
 def fail(sentence):
-    """Print what is wrong and return exit code 2."""
-    print(f"error: {sentence}", file=sys.stderr)
+    """Print in one line what is wrong and return exit code 2."""
+    print(f"error: {' '.join(str(sentence).split())}", file=sys.stderr)
     return 2
 
 

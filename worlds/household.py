@@ -26,7 +26,7 @@ SIZES = {"train": 20_000, "seen": 300, "unseen": 300}
 IN_PROCESS = True  # envs.EnvPool may keep many of these in one process
 MAX_STEPS = 18
 # Keyword arguments of support.cloning.demonstrations for this world.
-DEMONSTRATOR = {"random_subgoals": 0.82, "action_noise": 0.25}
+DEMONSTRATOR = {"random_subgoals": 0.9, "action_noise": 0.25}
 
 # The first word of the page. It tells the critic how much of the step limit is used.
 TIMES_OF_DAY = ("Dawn", "Morning", "Noon", "Evening", "Dusk", "Night")
@@ -283,13 +283,14 @@ class Household:
         if kind(held) != self.obj:
             return [f"drop {kind(held)}"]
         goals = [
-            f"make {self.obj} {state}"
+            f"make a {state} {self.obj}"
             for _, state in APPLIANCES.values()
             if self.state.get(held) != state
         ]
         if not self.lit:
             goals.append("use lamp")
-        return goals + [f"put {self.obj} in {self.dest}"]
+        wanted = f"{self.goal_state} {self.obj}" if self.goal_state else self.obj
+        return goals + [f"put a {wanted} in {self.dest}"]
 
     def _plan(self):
         """The subgoal that serves the task now."""
@@ -300,14 +301,14 @@ class Household:
         if self.task_type == "look_at_obj_in_light":
             return "use lamp"
         if not self._has_goal_state(held):
-            return f"make {self.obj} {self.goal_state}"
+            return f"make a {self.goal_state} {self.obj}"
         return goals[-1]
 
     def _pursue(self, subgoal):
         """The next command towards `subgoal`, or None where it is reached or cannot be pursued."""
         if subgoal not in self.subgoals():
             return None
-        verb, *_, last = subgoal.split()
+        verb, *words = subgoal.split()
         if verb == "find":
             return self._find()
         if verb == "use":
@@ -316,7 +317,7 @@ class Household:
         if verb in ("put", "drop"):
             place = self._place_for(None if verb == "drop" else self.dest)
             return self._reach(place) or f"move {held} to {place}"
-        place, verb = next((a, does) for a, (does, state) in APPLIANCES.items() if state == last)
+        place, verb = next((a, does) for a, (does, state) in APPLIANCES.items() if state == words[1])
         return self._reach(place) or f"{verb} {held} with {place}"
 
     def _find(self):

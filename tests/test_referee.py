@@ -1,0 +1,113 @@
+"""benchmarks/referee.py: the true advantages, and the correlation of estimates with them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import envs
+from benchmarks import referee
+from benchmarks.variance import restore
+from config import DECISIONS, ConfigError
+from rollout import make_batch
+from support.distributed import make_accelerator
+from support.loading import load_run
+
+
+@pytest.fixture(scope="module")
+def run(trained):
+    config, _, _ = load_run(trained.out)
+    with envs.EnvPool(config.env, **envs.world_options(config)) as pool:
+        yield restore(config, trained.out, pool, make_accelerator())[0]
+
+
+def test_a_copy_is_played_without_a_trace_in_the_original(run):
+    torch.manual_seed(0)
+    player = referee.new_player(run, 0)
+    referee.play(run, [player.copy()], [""])
+    assert player.env.steps == 0
+    assert player.state.turns == [] and not player.state.ended
+
+
+def test_snapshots_are_of_the_state_before_each_turn(run):
+    torch.manual_seed(0)
+    players, before = referee.play_batch(run, [0, 1])
+    assert len(players) == 2 * referee.GROUP
+    for (n, t), then in before.items():
+        turn = players[n].state.turns[t]
+        assert len(then.state.turns) == t == then.env.steps
+        assert then.state.observation == turn.observation
+        assert then.state.subgoal == turn.prev_subgoal
+
+
+def test_what_is_kept_is_kept(run, monkeypatch):
+    """The first response begins as written; the later ones are the agent's own."""
+    torch.manual_seed(0)
+    players, before = referee.play_batch(run, [0])
+    text = "<switch>SWITCH</switch><subgoal>find egg</subgoal><action>go to sink 1</action>"
+    turn = players[0].state.turns[0]
+    turn = turn.__class__(**{**turn.__dict__, "response": run.tokenizer(text)["input_ids"]})
+    begun = [words for _, words in referee.alternatives(before[0, 0], turn, text)]
+    assert begun == [
+        "",
+        "<switch>SWITCH</switch>",
+        "<switch>SWITCH</switch><subgoal>find egg</subgoal>",
+        "",
+    ]
+    player = before[0, 0].copy()
+    referee.play(run, [player], [begun[2]])
+    first, second = player.state.turns[:2]
+    assert first.subgoal == "find egg"
+    assert run.tokenizer.decode(second.response).count("find egg") < 2
+
+
+def test_a_turn_that_ends_the_episode_has_a_known_value(run):
+    """Q3 is its reward in every repetition, and nothing is played after it."""
+    torch.manual_seed(0)
+    players, before = referee.play_batch(run, [0])
+    last = len(players[0].state.turns) - 1
+    turn = players[0].state.turns[last]
+    if "</subgoal>" not in run.tokenizer.decode(turn.response):
+        pytest.skip("the untrained agent wrote no blocks here")
+    q = referee.measure(run, before[0, last], turn, 4)
+    assert q.shape == (4, 4)
+    assert torch.equal(q[3], torch.full((4,), turn.reward))
+
+
+def test_correlation_is_corrected_for_the_noise_of_the_truth():
+    """y = x + e seen through noise of twice its size: 0.8 is found again, within its interval."""
+    torch.manual_seed(0)
+    truth = torch.randn(4000)
+    estimates = 0.8 * truth + 0.6 * torch.randn(4000)
+    halves = truth[:, None] + 2 * torch.randn(4000, 2)
+    tasks = torch.arange(4000) // 20
+    assert referee.reliability(halves) == pytest.approx(1 / 3, abs=0.03)
+    value, low, high = referee.compare(estimates, halves, tasks, draws=200)
+    assert value == pytest.approx(0.8, abs=0.05)
+    assert low < value < high and high - low < 0.2
+
+
+def test_noise_alone_has_no_correlation():
+    torch.manual_seed(1)
+    halves = torch.tensor([[1.0, -1.0], [-1.0, 1.0], [2.0, -2.0]])
+    assert all(x != x for x in referee.compare(torch.rand(3), halves, torch.arange(3)))
+
+
+def test_too_few_turns_are_refused(run):
+    """The barely trained agent of the tests writes hardly any valid turn."""
+    args = SimpleNamespace(tasks=1, turns=1, rollouts=2)
+    with pytest.raises(ConfigError, match="--turns"):
+        referee.judge(run, args)
+
+
+def test_every_estimator_gives_each_decision_an_advantage(run):
+    torch.manual_seed(0)
+    players, _ = referee.play_batch(run, [0])
+    episodes = [p.state.to_episode(p.state.turns[-1].prompt) for p in players]
+    batch = make_batch(episodes, run.tokenizer, referee.GROUP)
+    found = referee.estimate(run, batch)
+    assert set(found) == set(referee.ESTIMATORS)
+    for by_kind in found.values():
+        assert {kind: grid.shape for kind, grid in by_kind.items()} == dict.fromkeys(
+            DECISIONS, batch.mask.shape
+        )

@@ -317,7 +317,9 @@ class Household:
         if verb in ("put", "drop"):
             place = self._place_for(None if verb == "drop" else self.dest)
             return self._reach(place) or f"move {held} to {place}"
-        place, verb = next((a, does) for a, (does, state) in APPLIANCES.items() if state == words[1])
+        place, verb = next(
+            (a, does) for a, (does, state) in APPLIANCES.items() if state == words[1]
+        )
         return self._reach(place) or f"{verb} {held} with {place}"
 
     def _find(self):

@@ -282,15 +282,12 @@ class Household:
             return [f"find {self.obj}"]
         if kind(held) != self.obj:
             return [f"drop {kind(held)}"]
-        goals = [
-            f"make a {state} {self.obj}"
-            for _, state in APPLIANCES.values()
-            if self.state.get(held) != state
-        ]
+        missing = [state for _, state in APPLIANCES.values() if state != self.state.get(held)]
+        goals = [f"make a {state} {self.obj}" for state in missing]
         if not self.lit:
             goals.append("use lamp")
         wanted = f"{self.goal_state} {self.obj}" if self.goal_state else self.obj
-        return goals + [f"put a {wanted} in {self.dest}"]
+        return [*goals, f"put a {wanted} in {self.dest}"]
 
     def _plan(self):
         """The subgoal that serves the task now."""
@@ -317,10 +314,8 @@ class Household:
         if verb in ("put", "drop"):
             place = self._place_for(None if verb == "drop" else self.dest)
             return self._reach(place) or f"move {held} to {place}"
-        place, verb = next(
-            (a, does) for a, (does, state) in APPLIANCES.items() if state == words[1]
-        )
-        return self._reach(place) or f"{verb} {held} with {place}"
+        place = next(name for name, made in APPLIANCES.items() if made[1] == words[1])
+        return self._reach(place) or f"{APPLIANCES[place][0]} {held} with {place}"
 
     def _find(self):
         """Take a target that was seen and is not delivered; without one, search."""

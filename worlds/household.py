@@ -26,7 +26,7 @@ SIZES = {"train": 20_000, "seen": 300, "unseen": 300}
 IN_PROCESS = True  # envs.EnvPool may keep many of these in one process
 MAX_STEPS = 18
 # Keyword arguments of support.cloning.demonstrations for this world.
-DEMONSTRATOR = {"random_subgoals": 0.85, "action_noise": 0.25}
+DEMONSTRATOR = {"random_subgoals": 0.82, "action_noise": 0.25}
 
 # The first word of the page. It tells the critic how much of the step limit is used.
 TIMES_OF_DAY = ("Dawn", "Morning", "Noon", "Evening", "Dusk", "Night")

@@ -131,15 +131,12 @@ def save_and_load(given, folder, accelerator):
             if isinstance(value, DTensor)
         }
 
-    lines = [{"iteration": 0, "success": 0.5, "switches_per_episode": 1.0}]
+    lines = [{"iteration": 0, "success": 0.5, "switches_per_episode": 1.0, "episode_length": 4.0}]
     log = {"lines": lines, "evals": []}
     start = weights(run.model)
     step()
     saved, saved_moments = weights(run.model), moments()
-    plot_curves = checkpoint.plot_curves
-    checkpoint.plot_curves = lambda *_: None
     checkpoint.save_checkpoint(folder, run, 1, log)
-    checkpoint.plot_curves = plot_curves
     step()
     ended = weights(run.model)
     loaded = checkpoint.load_checkpoint(folder, run)

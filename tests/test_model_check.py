@@ -60,7 +60,9 @@ def make(kind, tokenizer):
     if kind == "other tokenizer":
         qwen.resize_token_embeddings(20)
     if kind == "endless":
-        return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=rows, **SMALL)), words()
+        return GPTNeoXForCausalLM(
+            GPTNeoXConfig(vocab_size=rows, max_position_embeddings=4096, **SMALL)
+        ), words()
     return qwen, None if kind == "no tokenizer" else tokenizer
 
 

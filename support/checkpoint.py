@@ -47,8 +47,8 @@ def run_dir(out, config, accelerator):
         except ConfigError as error:
             refusal = str(error)
     [refusal] = broadcast_object_list([refusal])
-    if refusal:
-        raise ConfigError(refusal)
+    if refusal:  # said once, by the main process
+        raise ConfigError(refusal) if accelerator.is_main_process else SystemExit(2)
     with held or contextlib.nullcontext():
         yield
 

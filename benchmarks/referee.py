@@ -44,10 +44,9 @@ from benchmarks.variance import restore
 from config import DECISIONS, ConfigError
 from eval import fail
 from rollout import AgentState, build_prompts, make_batch, respond
-from support.batch import append_keep_block
 from support.distributed import make_accelerator
 from support.loading import load_run
-from support.scoring import compute_logprobs_and_values, micro_batches, score_values
+from support.scoring import micro_batches, score
 from support.tokens import response_text
 
 ESTIMATORS = {
@@ -162,20 +161,14 @@ def decisions_of(turn, t):
 def estimate(run, batch):
     """{estimator: {decision: advantages [B, T], not normalised}}"""
     config = run.config
-    old = run_scores(run, batch.samples)
-    end_values = score_values(run, batch.final_states) if config.bootstrap else None
-    kept = append_keep_block(batch.samples.prompts, batch.prev_subgoals, run.tokenizer)
-    v_keep = score_values(run, kept).v_low
+    with_v_keep = replace(run, config=replace(config, switch_advantage="closed_form"))
+    batches = micro_batches(batch.samples.total_lengths(), config.micro_batch_tokens)
+    old, _, end_values, v_keep = score(with_v_keep, batch, batches)
     result = {}
     for name, changes in ESTIMATORS.items():
         raw = advantages_of(batch, old, end_values, v_keep, replace(config, **changes)).raw
         result[name] = {kind: raw.get(f"A_{kind}", raw.get("A")) for kind in DECISIONS}
     return result
-
-
-def run_scores(run, samples):
-    batches = micro_batches(samples.total_lengths(), run.config.micro_batch_tokens)
-    return compute_logprobs_and_values(run.model, samples, batches)
 
 
 # ---- the comparison ----------------------------------------------------------------------------
@@ -232,7 +225,7 @@ def judge(run, args):
     for b, t in tqdm(rng.sample(places, min(args.turns, len(places))), unit="turn", disable=None):
         turn = episodes[b].turns[t]
         q = measure(run, before[b, t], turn, args.rollouts)  # [4, K]
-        halves = (q.view(4, 2, -1).mean(2))[1:] - (q.view(4, 2, -1).mean(2))[:-1]  # [3, 2]
+        halves = q.view(4, 2, -1).mean(2).diff(dim=0)  # [3, 2]
         for kind, pair in zip(DECISIONS, halves.tolist(), strict=True):
             if decisions_of(turn, t)[kind]:
                 rows[kind].append((b, t, *pair))

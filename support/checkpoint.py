@@ -249,7 +249,9 @@ def _find_checkpoint(out):
     for folder in (out / "checkpoint", out / "checkpoint.old"):
         if folder.exists():
             try:
-                return folder, _read_run(folder), damaged
+                content = _read_run(folder)
+                _check_files(folder, content["files"])
+                return folder, content, damaged
             except (OSError, ValueError) as error:
                 damaged.append(folder)
                 tqdm.write(f"warning: {folder} is damaged ({error}): trying the one before")
@@ -263,7 +265,7 @@ def _write_run(folder, content):
 
 
 def _read_run(folder):
-    """The content of run.json. ValueError where it or a file in the folder is damaged."""
+    """The content of run.json. ValueError where it is damaged."""
     try:
         content = json.loads((folder / "run.json").read_text())
         digest = content.pop("sha256")
@@ -271,10 +273,14 @@ def _read_run(folder):
         raise ValueError("run.json cannot be read") from None
     if digest != hashlib.sha256(json.dumps(content).encode()).hexdigest():
         raise ValueError("run.json is not what was written")
-    for name, digest in content["files"].items():
+    return content
+
+
+def _check_files(folder, files):
+    """ValueError where one of {file: its checksum} is damaged. It reads all of them."""
+    for name, digest in files.items():
         if not (folder / name).is_file() or sha256(folder / name) != digest:
             raise ValueError(f"{name} is not what was written")
-    return content
 
 
 def write_log(out, log):

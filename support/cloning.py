@@ -22,7 +22,7 @@ import hiper
 from config import SUCCESS_REWARD
 from rollout import AgentState
 from support.batch import make_samples
-from support.generation import tokenize_prompts
+from support.generation import tokenize_prompts, tokenize_texts
 from support.ppo import set_checkpointing
 from support.scoring import micro_batches
 from support.tokens import token_bytes
@@ -262,7 +262,7 @@ def clone(policy, tokenizer, examples, config, recipe=FROM_SCRATCH, autocast=nul
     responses = [response for _, response, _ in examples]
     samples = make_samples(
         tokenize_prompts(tokenizer, prompts, config.max_prompt_tokens),
-        tokenizer(responses, add_special_tokens=False)["input_ids"],
+        tokenize_texts(tokenizer, responses),
         tokenizer,
     )
     returns = [

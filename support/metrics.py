@@ -22,6 +22,11 @@ def wilson_interval(successes, n, z=1.96):
     return max(0.0, low), min(1.0, high)
 
 
+def rate_interval(rate, n):
+    """`wilson_interval` of a success rate over n episodes."""
+    return wilson_interval(round(rate * n), n)
+
+
 def summarize(episodes):
     """A list of Episode as plain numbers; rates from 0 to 1."""
     turns = [turn for episode in episodes for turn in episode.turns]
@@ -70,7 +75,7 @@ def format_table(result):
     rows.append(("all", result["success"], result["episodes"]))
     lines = []
     for kind, rate, count in rows:
-        low, high = wilson_interval(round(rate * count), count)
+        low, high = rate_interval(rate, count)
         interval = f"[{100 * low:5.1f}, {100 * high:5.1f}]"
         lines.append(
             f"  {printable(kind):34s} {100 * rate:5.1f} %   {interval}   {count:4d} episodes"
@@ -90,8 +95,7 @@ def show_evaluation(result, protocol, env):
 
 def write_evaluation(path, result, protocol):
     """The same as JSON, with Wilson's interval of the success."""
-    successes = round(result["success"] * result["episodes"])
-    interval = wilson_interval(successes, result["episodes"])
+    interval = rate_interval(result["success"], result["episodes"])
     text = json.dumps({"protocol": protocol, **result, "interval": interval}, indent=1)
     path.write_text(text + "\n")
 

@@ -1,4 +1,5 @@
-"""Self-contained HTML pages: a template of this folder, the shared style, and data as JSON.
+"""Self-contained HTML pages: a template of this folder and its script, what all pages share
+(pages.html, the head; pages.css; pages.js, the script's beginning), and data as JSON.
 
 A page shows text that a model or a world wrote, so nothing in it may run. The data stands in a
 script element of type application/json in which every `<` is written \\u003c, so it cannot end the
@@ -21,9 +22,9 @@ def write_page(path, template, data):
     data: what JSON can hold; numbers that are not finite become null. OSError where the file
     cannot be written.
     """
-    page = (HERE / template).read_text(encoding="utf-8")
-    page = page.replace("{{STYLE}}", (HERE / "pages.css").read_text(encoding="utf-8"))
-    script = (HERE / template).with_suffix(".js").read_text(encoding="utf-8")
+    page = _read(template)
+    page = page.replace("{{HEAD}}", _read("pages.html")).replace("{{STYLE}}", _read("pages.css"))
+    script = _read("pages.js") + _read(template.replace(".html", ".js"))
     page = page.replace("<script></script>", f"<script>{script}</script>")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = page.replace("{{HASH}}", digest)
@@ -32,6 +33,10 @@ def write_page(path, template, data):
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(before + as_json(data) + after, encoding="utf-8")
     temporary.replace(path)
+
+
+def _read(name):
+    return (HERE / name).read_text(encoding="utf-8")
 
 
 def as_json(data):

@@ -1,26 +1,8 @@
-"use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
-const byId = id => document.getElementById(id);
 // Colours that people with any kind of colour vision tell apart, and dashes from the sixth group on.
 const COLOURS = ["--plus", "--minus", "--s1", "--s3", "--s2"];
 const colour = group => `var(${COLOURS[group % COLOURS.length]})`;
 const dash = group => ["none", "7 4", "2 4"][Math.floor(group / COLOURS.length) % 3];
 
-// All text of runs passes through here: textContent only.
-function el(tag, cls, text, parent) {
-  const node = document.createElement(tag);
-  if (cls) node.className = cls;
-  if (text !== undefined && text !== null) node.textContent = text;
-  if (parent) parent.append(node);
-  return node;
-}
-function svg(tag, attributes, parent, text) {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  if (text !== undefined) node.textContent = text;
-  parent.append(node);
-  return node;
-}
 const mean = values => values.reduce((a, b) => a + b, 0) / values.length;
 const isNumber = x => typeof x === "number";
 function show(value, unit) {
@@ -151,10 +133,6 @@ data.groups.forEach((name, k) => {
 const many = data.groups.length < data.runs.length;
 el("span", "muted", `x: iteration. Lines: training episodes${many ? ", mean and range of the runs" : ""}. Circles: evaluations with 95 % intervals.`
   + (data.runs.some(run => run.warmup) ? " Shaded: only the critic is trained." : ""), byId("key"));
-byId("theme").onclick = () => {
-  const root = document.documentElement, system = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
-  root.dataset.theme = (root.dataset.theme || system) === "dark" ? "light" : "dark";
-};
 drawAll();
 let width = innerWidth;
 addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; drawAll(); } });

@@ -7,7 +7,7 @@ that differ in nothing but their seed are one group: its mean and its range are 
 import json
 
 from config import Config, ConfigError
-from support.metrics import wilson_interval
+from support.metrics import rate_interval
 from support.pages import write_page
 
 SAME = {"seed", "out"}  # settings in which the runs of a group may differ
@@ -154,8 +154,7 @@ def _summary(run, group):
 
 
 def _evaluation(result):
-    successes = round(result["success"] * result["episodes"])
-    low, high = wilson_interval(successes, result["episodes"])
+    low, high = rate_interval(result["success"], result["episodes"])
     about = f"{result['split']}, {result['episodes']} tasks, temperature {result['temperature']}"
     point = {"iteration": result["iteration"], "success": result["success"], "about": about}
     return {**point, "low": low, "high": high}
@@ -180,7 +179,7 @@ def _points(evals, path):
             count = result["episodes_by_type"].get(path[1])
         rate = _at(result, path) if path[0].startswith("success") else None
         if rate is not None and count:
-            points.append([result["iteration"], rate, *wilson_interval(round(rate * count), count)])
+            points.append([result["iteration"], rate, *rate_interval(rate, count)])
     return points
 
 

@@ -1,25 +1,7 @@
-"use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
-const byId = id => document.getElementById(id);
 const DECISION = {s: "switch", o: "subgoal", a: "action", ".": "no decision"};
 const hiper = data.settings.method === "hiper";
 let current = -1, turnNow = 0, shown = [];
 
-// All text of worlds and models passes through here: textContent only.
-function el(tag, cls, text, parent) {
-  const node = document.createElement(tag);
-  if (cls) node.className = cls;
-  if (text !== undefined && text !== null) node.textContent = text;
-  if (parent) parent.append(node);
-  return node;
-}
-function svg(tag, attributes, parent, text) {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  if (text !== undefined) node.textContent = text;
-  if (parent) parent.append(node);
-  return node;
-}
 const signed = x => x === undefined || x === null ? "–" : (x < 0 ? "−" : "+") + Math.abs(x).toFixed(2);
 const plain = x => x === undefined || x === null ? "–" : (x < 0 ? "−" : "") + Math.abs(x).toFixed(2);
 const lines = numbers => numbers.map(n => data.texts[n]).join("\n");
@@ -289,11 +271,6 @@ byId("tint").onchange = () => {
   legend();
 };
 byId("back").onclick = () => { document.body.classList.remove("one"); history.pushState(null, "", "#"); };
-byId("theme").onclick = () => {
-  const root = document.documentElement;
-  const system = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
-  root.dataset.theme = (root.dataset.theme || system) === "dark" ? "light" : "dark";
-};
 document.title = data.title;
 byId("title").textContent = data.title;
 byId("note").textContent = data.note;

@@ -53,7 +53,6 @@ def write_evaluation(args, played, actor, config, tokenizer, accelerator):
     if not accelerator.is_main_process:
         return
     out = getattr(args, "out", None)  # None with --model
-    out = getattr(args, "out", None)  # None with --model
     policy, note = load_policy_with_critic(actor, config, out)
     old, advantages = score_episodes(policy, episodes, config, tokenizer)
     has_critic = advantages is not None

@@ -65,6 +65,21 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
+def stopped(trained, tmp_path):
+    """A run of the same flags that was stopped after the cloning -> its folder."""
+    out = tmp_path / "run"
+    shutil.copytree(trained.out / "start", out / "start")
+    shutil.copy(trained.out / "config.json", out)
+    return out
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """float32 on the CPU, also where there is a GPU."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.fixture
 def place(trained, tmp_path, monkeypatch):
     """A working directory with an unfinished run, a folder that is none, and configurations."""
     monkeypatch.chdir(tmp_path)

@@ -1,5 +1,6 @@
 """benchmarks/referee.py: the true advantages, and the correlation of estimates with them."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,8 @@ from config import DECISIONS, ConfigError
 from rollout import make_batch
 from support.distributed import make_accelerator
 from support.loading import load_run
+
+TEXT = "<switch>SWITCH</switch><subgoal>find egg</subgoal><action>go to sink 1</action>"
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +43,13 @@ def test_snapshots_are_of_the_state_before_each_turn(run):
         assert then.state.subgoal == turn.prev_subgoal
 
 
-def test_what_is_kept_is_kept(run, monkeypatch):
+def test_what_is_kept_is_kept(run):
     """The first response begins as written; the later ones are the agent's own."""
     torch.manual_seed(0)
     players, before = referee.play_batch(run, [0])
-    text = "<switch>SWITCH</switch><subgoal>find egg</subgoal><action>go to sink 1</action>"
-    turn = players[0].state.turns[0]
-    turn = turn.__class__(**{**turn.__dict__, "response": run.tokenizer(text)["input_ids"]})
-    begun = [words for _, words in referee.alternatives(before[0, 0], turn, text)]
+    begun = [
+        words for _, words in referee.alternatives(before[0, 0], players[0].state.turns[0], TEXT)
+    ]
     assert begun == [
         "",
         "<switch>SWITCH</switch>",
@@ -66,9 +68,7 @@ def test_a_turn_that_ends_the_episode_has_a_known_value(run):
     torch.manual_seed(0)
     players, before = referee.play_batch(run, [0])
     last = len(players[0].state.turns) - 1
-    turn = players[0].state.turns[last]
-    if "</subgoal>" not in run.tokenizer.decode(turn.response):
-        pytest.skip("the untrained agent wrote no blocks here")
+    turn = replace(players[0].state.turns[last], response=run.tokenizer(TEXT)["input_ids"])
     q = referee.measure(run, before[0, last], turn, 4)
     assert q.shape == (4, 4)
     assert torch.equal(q[3], torch.full((4,), turn.reward))

@@ -35,10 +35,7 @@ from support.loading import make_optimizer
 from support.metrics import format_episode
 from update_tools import make_run, plain_config, same
 
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 @pytest.fixture
@@ -53,15 +50,6 @@ def saved(tiny_policy, tiny_tokenizer, tmp_path, monkeypatch):
         checkpoint.save_checkpoint(tmp_path, run, iteration, LOG)
     yield run, tmp_path
     accelerator.free_memory()
-
-
-@pytest.fixture
-def stopped(trained, tmp_path):
-    """A run of the same flags that was stopped after the cloning -> its folder."""
-    out = tmp_path / "run"
-    shutil.copytree(trained.out / "start", out / "start")
-    shutil.copy(trained.out / "config.json", out)
-    return out
 
 
 # ---- checkpoints -------------------------------------------------------------------------------

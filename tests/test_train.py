@@ -49,19 +49,7 @@ from support.distributed import make_accelerator, prepare
 from support.loading import make_optimizer
 from update_tools import make_run, plain_config, same, steady
 
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-
-@pytest.fixture
-def stopped(trained, tmp_path):
-    """A run of the same flags that was stopped after the cloning -> its folder."""
-    out = tmp_path / "run"
-    shutil.copytree(trained.out / "start", out / "start")
-    shutil.copy(trained.out / "config.json", out)
-    return out
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 # ---- a whole run -------------------------------------------------------------------------------

@@ -155,7 +155,11 @@ def check_make(module, sizes):
         for index in (size, -1):
             what = f"make({split!r}, {index}), where tasks are 0 to {size - 1},"
             refuses(module.make, split, index, error=IndexError, what=what)
-    default, given = guarded(module.make).reset(), guarded(module.make, first, 0).reset()
+    default, given, again = (
+        guarded(module.make, *task).reset() for task in ((), (first, 0), (first, 0))
+    )
+    if given != again:
+        raise Fault(f"make({first!r}, 0) must begin the same task every time")
     if default != given:
         raise Fault(f"make() must be task 0 of {first!r}, the first split")
 

@@ -200,7 +200,7 @@ def test_a_world_of_ones_own_keeps_the_contract(corridor):
         ("reset(self, seed=None)", "reset(self)", "TypeError"),
         ("return self.page(), float", "return self.page().encode(), float", "must be text"),
         ("return self.page(), self.info()", "return self.page()", "reset must return"),
-        ("self.length = length", "self.length = id(self)", "the same"),
+        ("self.length = length", "self.length = length + next(DRAWS)", "the same task every time"),
         ("index=0, max_steps", "index=1, max_steps", "make() must be task 0"),
         ("truncated = not won and", "truncated = False and", "no end in 500 steps"),
         (
@@ -222,6 +222,8 @@ def test_the_check_says_what_is_wrong(write, capsys, right, wrong, said):
     text = CORRIDOR.replace(right, wrong)
     if said == "no end in 500 steps":
         text = text.replace("self.at == self.length", "False")
+    if "DRAWS" in wrong:
+        text = "import itertools\nDRAWS = itertools.count()\n" + text
     write("testing_corridor", text)
     assert world_check.main(["testing_corridor"]) == 2
     lines = capsys.readouterr().out.splitlines()

@@ -24,7 +24,7 @@ from worlds.household_rooms import CLOSED, draw_room, kind
 SPLITS = ("train", "seen", "unseen")
 SIZES = {"train": 20_000, "seen": 300, "unseen": 300}
 IN_PROCESS = True  # envs.EnvPool may keep many of these in one process
-MAX_STEPS = 18
+MAX_STEPS = 15
 # Keyword arguments of support.cloning.demonstrations for this world.
 DEMONSTRATOR = {"random_subgoals": 0.82, "action_noise": 0.25}
 

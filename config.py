@@ -1,4 +1,4 @@
-"""Every setting: its default, its bounds, and what is refused. support/arguments.py reads them.
+"""Every setting: its default and its bounds. support/arguments.py reads and checks them.
 
 The defaults of `Config` are the paper's settings for Qwen2.5-1.5B (arXiv:2602.16165). They hold
 where `--model` is given. The tiny agent from scratch has its own, in configs/tiny.yaml.
@@ -7,9 +7,6 @@ What the user can mend raises ConfigError: one sentence, before anything is writ
 """
 
 import dataclasses
-import importlib.util
-import math
-import re
 from dataclasses import dataclass, field
 
 METHODS = ("hiper", "ppo", "rloo", "grpo", "gigpo")
@@ -63,14 +60,11 @@ class Config:
     )
     max_new_tokens: int = setting(512, "response tokens at most", low=1)
     invalid_penalty: float = setting(0.1, "reward taken off a turn with invalid format", low=0)
-    keep_penalty: float = setting(
-        0.0, "reward taken off a KEEP turn (released code: 0.3 on ALFWorld)", low=0
-    )
-    keep_ratio_penalty: float = setting(
-        0.0, "per episode, times its share of KEEP turns (released code: 3.5 on WebShop)", low=0
-    )
-    drift_penalty: float = setting(
-        0.0, "reward taken off where KEEP's subgoal is not the carried one (released: 0.3)", low=0
+    keep_penalties: dict = setting(
+        {},
+        "reward taken off KEEP turns as the released code does, as JSON: turn (each: 0.3 on "
+        "ALFWorld), ratio (per episode, times its share of them: 3.5 on WebShop), drift (where "
+        "KEEP's subgoal is not the carried one: 0.3)",
     )
     checklist: float = setting(
         0.0, "share of the success reward that is paid for subtasks (CM2)", low=0, high=1
@@ -168,52 +162,3 @@ class Config:
 
 
 FIELDS = {entry.name: entry for entry in dataclasses.fields(Config)}
-
-
-def check(config):
-    """ConfigError for what cannot be meant or cannot work, before anything is written."""
-    for name, entry in FIELDS.items():
-        _check_bounds(name, getattr(config, name), entry.metadata)
-    if not re.fullmatch("learned|single|every-turn|fixed:[1-9][0-9]*", config.segments):
-        raise ConfigError(
-            "--segments must be learned, single, every-turn or fixed:K with K turns, "
-            f"not {config.segments!r}"
-        )
-    if not config.decisions or set(config.decisions.split(",")) - set(DECISIONS):
-        raise ConfigError(
-            f"--decisions must name some of {','.join(DECISIONS)}, not {config.decisions!r}"
-        )
-    if config.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError("--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes")
-    if config.attention == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
-        raise ConfigError("--attention flash_attention_2 needs flash-attn: pip install flash-attn")
-    if config.method == "hiper" and config.prompt == "flat":
-        raise ConfigError("--prompt flat has no switches: it goes with ppo, rloo, grpo or gigpo")
-    if config.method != "hiper" and config.segments != "learned":
-        raise ConfigError(
-            f"--segments {config.segments} writes a part of each response, which only "
-            "--method hiper can leave out of training"
-        )
-    if config.episodes % config.group_size:
-        raise ConfigError(
-            f"--episodes {config.episodes} is no multiple of --group_size {config.group_size}"
-        )
-    if not config.has_critic and config.group_size == 1:
-        raise ConfigError(
-            f"--method {config.method} compares episodes of one task: --group_size must be at "
-            "least 2"
-        )
-    if not config.model and not config.bc_episodes:
-        raise ConfigError("a model from scratch needs --bc_episodes above 0; or give --model")
-
-
-def _check_bounds(name, value, bounds):
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"--{name} must be a finite number, not {value}")
-    if bounds["low"] is not None and value < bounds["low"]:
-        raise ConfigError(f"--{name} must be at least {bounds['low']}, not {value}")
-    if bounds["high"] is not None and value > bounds["high"]:
-        raise ConfigError(f"--{name} must be at most {bounds['high']}, not {value}")
-    if bounds["choices"] and value not in bounds["choices"]:
-        choices = " or ".join(filter(None, bounds["choices"]))
-        raise ConfigError(f"--{name} must be {choices}, not {value!r}")

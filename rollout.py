@@ -131,15 +131,17 @@ class AgentState:
         if not decision.valid:
             shaped -= config.invalid_penalty
         elif self._is_keep(decision, is_segment_start):
-            shaped -= config.keep_penalty
-            shaped -= config.drift_penalty * (decision.subgoal != self.subgoal)
+            shaped -= config.keep_penalties.get("turn", 0.0)
+            if decision.subgoal != self.subgoal:
+                shaped -= config.keep_penalties.get("drift", 0.0)
         return shaped
 
     def _is_keep(self, decision, is_segment_start):
         return decision.valid and not is_segment_start and self.config.prompt != "flat"
 
     def to_episode(self, final_prompt):
-        share = self.config.keep_ratio_penalty / len(self.turns)  # of each KEEP turn
+        ratio = self.config.keep_penalties.get("ratio", 0.0)
+        share = ratio / len(self.turns)  # of each KEEP turn
         for n, turn in enumerate(self.turns):
             if self._is_keep(turn.decision, turn.is_segment_start):
                 self.turns[n] = replace(turn, reward=turn.reward - share)

@@ -28,11 +28,12 @@ from tqdm import tqdm
 import envs
 import hiper
 from baselines import baseline_advantages
-from config import Config, ConfigError, check
+from config import Config, ConfigError
 from eval import choose_tasks, evaluate, fail
 from rollout import collect, make_batch
 from support import checkpoint, viewer
 from support.arguments import read_config
+from support.check_config import check
 from support.distributed import (
     finish,
     is_sharded,

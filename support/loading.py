@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import envs
 import hiper
-from config import ConfigError, check
+from config import ConfigError
 from support.arguments import read_config, read_settings
+from support.check_config import check
 from support.cloning import HEADS, clone_expert
 from support.gguf import model_folder
 from support.model_check import check_model

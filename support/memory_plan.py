@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import hiper
-from config import ConfigError, check
+from config import ConfigError
+from support.check_config import check
 from support.gguf import model_folder
 from support.model_check import check_shape
 

@@ -162,7 +162,7 @@ def _problems(lines, hierarchical):
     if hierarchical and recent["switch_rate"] < 0.02:
         problems.append(
             "hardly ever switches, so one subgoal serves a whole episode; try "
-            "--switch_advantage closed_form, or --keep_penalty"
+            "--switch_advantage closed_form, or --keep_penalties '{\"turn\": 0.3}'"
         )
     if hierarchical and recent["switch_rate"] > 0.95:
         problems.append(

@@ -510,7 +510,7 @@ def decide(switch, subgoal, valid=True):
 
 
 def test_penalties():
-    config = tiny_config(keep_penalty=0.3, drift_penalty=0.2, invalid_penalty=1.0)
+    config = tiny_config(keep_penalties={"turn": 0.3, "drift": 0.2}, invalid_penalty=1.0)
     rewards = rewards_of(
         config,
         (decide(False, "a"), 0, False),  # turn 0 opens a segment whatever it says
@@ -521,13 +521,13 @@ def test_penalties():
         (decide(False, "b"), 0, True),
     )
     assert rewards == pytest.approx([0, -0.3, -0.5, 0, -1.0, 9.7])
-    flat = tiny_config(keep_penalty=0.3, drift_penalty=0.2, method="ppo", prompt="flat")
+    flat = tiny_config(keep_penalties={"turn": 0.3, "drift": 0.2}, method="ppo", prompt="flat")
     assert rewards_of(flat, *[(decide(False, ""), 0, False)] * 2) == [0, 0]
 
 
 def test_the_ratio_penalty_takes_its_share_of_keep_turns_off_an_episode():
     """3.5 times 2 KEEP turns of 5 turns, spread over the two."""
-    state = AgentState(tiny_config(keep_ratio_penalty=3.5), 0, "page", {"task": "x"})
+    state = AgentState(tiny_config(keep_penalties={"ratio": 3.5}), 0, "page", {"task": "x"})
     for switch, valid in (
         (False, True),
         (False, True),
@@ -542,7 +542,7 @@ def test_the_ratio_penalty_takes_its_share_of_keep_turns_off_an_episode():
     malformed = -state.config.invalid_penalty
     assert rewards == pytest.approx([0, -0.7, 0, malformed, -0.7])
     assert sum(rewards) - malformed == pytest.approx(-3.5 * 2 / 5)
-    flat = tiny_config(keep_ratio_penalty=3.5, method="ppo", prompt="flat")
+    flat = tiny_config(keep_penalties={"ratio": 3.5}, method="ppo", prompt="flat")
     state = AgentState(flat, 0, "page", {"task": "x"})
     for _ in range(2):  # the flat prompt knows no KEEP
         state.record_turn([], [], decide(False, ""), ("page", 0.0, False, False, info))

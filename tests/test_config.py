@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from config import FIELDS, Config, ConfigError, check
+from config import FIELDS, Config, ConfigError
 from support.arguments import CONFIGS, GROUPS, read_config
+from support.check_config import check
 
 ROOT = Path(__file__).parent.parent
 FLOATS = [name for name, entry in FIELDS.items() if entry.type is float]
@@ -139,3 +140,18 @@ def test_the_defaults_are_allowed():
 def test_a_value_of_another_type_is_refused(words, wanted):
     with pytest.raises(ConfigError, match=f"{words.split()[0]} must be {wanted}"):
         read_config(words.split())
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ('{"turn": -0.3}', "turn must be a number of at least 0"),
+        ('{"ratio": true}', "ratio must be a number"),
+        ('{"drift": NaN}', "drift must be a number"),
+        ('{"keep": 0.3}', "holds some of turn, ratio, drift, not 'keep'"),
+        ("0.3", "must be a JSON object"),
+    ],
+)
+def test_keep_penalties_are_checked(words, said):
+    with pytest.raises(ConfigError, match=said):
+        check(read_config(["--keep_penalties", words]))

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 import envs
-from config import FIELDS, check
+from config import FIELDS
 from support import cloning, world_check
 from support.arguments import read_config
+from support.check_config import check
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -495,7 +495,7 @@ def test_the_scripts_themselves_refuse_with_exit_code_2(place):
         "--method ppo --prompt flat",
         "--switch_advantage closed_form --value_target td0 --normalize per_decision",
         "--critic shared --gradient_checkpointing true --kl_coef 0 --untrained_kl_coef 0",
-        "--segments fixed:2 --keep_penalty 0.1 --drift_penalty 0.1 --checklist 0.5",
+        """--segments fixed:2 --keep_penalties {"turn":0.1,"drift":0.1} --checklist 0.5""",
         "--decisions switch,subgoal --segments every-turn",
     ],
 )

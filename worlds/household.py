@@ -25,11 +25,8 @@ SPLITS = ("train", "seen", "unseen")
 SIZES = {"train": 20_000, "seen": 300, "unseen": 300}
 IN_PROCESS = True  # envs.EnvPool may keep many of these in one process
 MAX_STEPS = 15
-# Keyword arguments of support.cloning.demonstrations for this world.
-DEMONSTRATOR = {"random_subgoals": 0.82, "action_noise": 0.25}
-
-# The first word of the page. It tells the critic how much of the step limit is used.
-TIMES_OF_DAY = ("Dawn", "Morning", "Noon", "Evening", "Dusk", "Night")
+DEMONSTRATOR = {"random_subgoals": 0.82, "action_noise": 0.25}  # see support/cloning.py
+TIMES_OF_DAY = ("Dawn", "Morning", "Noon", "Evening", "Dusk", "Night")  # of the step limit
 TASKS = {  # ALFWorld's family -> task sentence
     "pick_and_place_simple": "put a {obj} in {dest}",
     "look_at_obj_in_light": "look at {obj} under the lamp",
@@ -58,12 +55,16 @@ def size(split):
     return SIZES[split]
 
 
-def make(split="train", index=0, max_steps=MAX_STEPS):
-    """The env of task `index` of `split`. IndexError where there is none."""
+def make(split="train", index=0, max_steps=MAX_STEPS, chain=1, routine=0):
+    """Task `index` of `split`; IndexError for none. chain, routine: see household_chain.py."""
     last = size(split) - 1
     if not 0 <= index <= last:
         raise IndexError(f"household's split {split!r} has tasks 0 to {last}, not {index}")
-    return Household(split, index, max_steps)
+    if (chain, routine) == (1, 0):
+        return Household(split, index, max_steps)
+    from worlds.household_chain import Chain  # it imports this file
+
+    return Chain(split, index, max_steps, chain, routine)
 
 
 class Household:

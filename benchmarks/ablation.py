@@ -37,24 +37,16 @@ FULL = [
     *[("rloo", "plan-execute", seed) for seed in range(3)],
     *[(method, "flat", seed) for method in METHODS[1:] for seed in range(3)],
 ]
-PAPER = {  # success % on ALFWorld, Qwen2.5-1.5B, seen split
-    ("hiper", "plan-execute"): 95.3,
-    ("ppo", "plan-execute"): 81.3,
-    ("grpo", "plan-execute"): 69.8,
-    ("ppo", "flat"): 68.2,
-    ("grpo", "flat"): 71.1,
-    ("gigpo", "flat"): 86.7,
-}
 FAMILIES = ("simple", "look", "clean", "heat", "cool", "two")
 CLONE = """
 import sys
 from pathlib import Path
-from envs import EnvPool
+from envs import EnvPool, world_options
 from support.arguments import read_config
 from support.cloning import clone_expert
 from support.distributed import make_accelerator
 config = read_config(sys.argv[2:])
-with EnvPool(config.env) as pool:
+with EnvPool(config.env, **world_options(config)) as pool:
     clone_expert(config, Path(sys.argv[1]), pool, make_accelerator())
 """
 
@@ -80,40 +72,46 @@ def python(*arguments, log):
     return time.perf_counter() - start
 
 
+def to_words(**flags):
+    """Settings -> words of train.py's command line."""
+    return [word for name, value in flags.items() for word in (f"--{name}", value)]
+
+
 def make_clone(prompt, seed, work):
     """The start that all methods of this prompt and seed share, made once -> its folder."""
-    folder = work / f"clone-{prompt}-{seed}"
+    return clone(work / f"clone-{prompt}-{seed}", prompt=prompt, seed=seed)
+
+
+def clone(folder, **flags):
+    """The clone that these settings make, in folder/start -> that folder."""
     if not (folder / "start").exists():
         folder.mkdir(exist_ok=True)
-        python(
-            "-c", CLONE, folder, "--prompt", prompt, "--seed", seed, log=folder.with_suffix(".log")
-        )
+        python("-c", CLONE, folder, *to_words(**flags), log=folder.with_suffix(".log"))
     return folder / "start"
 
 
 def train(method, prompt, seed, iterations, start, work):
     """One run -> its line."""
     out = work / f"{method}-{prompt}-{seed}-{iterations}"
+    flags = {"method": method, "prompt": prompt, "seed": seed, "iterations": iterations}
+    return run_training(flags, out, start)
+
+
+def run_training(flags, out, start):
+    """train.py with these flags from the clone in `start`, or on from its checkpoint -> a line."""
     if not (out / "config.json").exists():
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(start, out / "start")
-    flags = {
-        "method": method,
-        "prompt": prompt,
-        "seed": seed,
-        "iterations": iterations,
-        "out": out,
-    }
-    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    words = to_words(**flags, out=out)
     seconds = python("train.py", *words, log=out.with_suffix(".log"))
     config = json.loads((out / "config.json").read_text())
     metrics = read_lines(out / "metrics.jsonl")
     evals = read_lines(out / "evals.jsonl")
     curve = [line["success"] for line in metrics]
     return {
-        "method": method,
-        "prompt": prompt,
-        "seed": seed,
+        "method": config["method"],
+        "prompt": config["prompt"],
+        "seed": config["seed"],
         "config": {name: value for name, value in config.items() if name != "out"},
         "commit": commit(),
         "success_start": evals[0]["success"],
@@ -179,7 +177,7 @@ def run_all(cells, iterations, jobs, out):
 def show_table(title, lines):
     print(f"\n{title}")
     families = "  ".join(f"{family:>6s}" for family in FAMILIES)
-    print(f"method  prompt        n  start  final        80 % at iteration  {families}  min  paper")
+    print(f"method  prompt        n  start  final        80 % at iteration  {families}  min")
     for method, prompt in dict.fromkeys(cell_of(line)[:2] for line in lines):
         some = [line for line in lines if cell_of(line)[:2] == (method, prompt)]
         some = sorted(some, key=cell_of)
@@ -191,8 +189,7 @@ def show_table(title, lines):
         by_family = "  ".join(f"{family_success(some, family):6.1f}" for family in FAMILIES)
         print(
             f"{method:7s} {prompt:13s} {len(some)}  {start:5.1f}  {statistics.mean(final):5.1f} +- "
-            f"{spread:4.1f}  {','.join(map(str, reached)):>17s}  {by_family}  {minutes:3.0f}  "
-            f"{PAPER.get((method, prompt), '')}"
+            f"{spread:4.1f}  {','.join(map(str, reached)):>17s}  {by_family}  {minutes:3.0f}"
         )
 
 

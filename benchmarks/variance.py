@@ -31,7 +31,6 @@ LAMBDAS = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
 PAIRS = [(lam, lam) for lam in LAMBDAS] + [(1.0, 0.95)]  # lam_low, lam_high; last: the paper's
 LABELS = [f"{lam:.2f}" for lam in LAMBDAS] + ["1.00, 0.95"]
 WORLDS = 20
-RESULTS = ROOT / "benchmarks" / "results"
 ERROR = 0.2  # size of the critics' random error; the values' own spread is about 0.75
 ESTIMATORS = ("flat", "closed_form", "value_head")
 COLUMNS = (
@@ -311,7 +310,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, help="the --out folder of a training run, for part two")
     parser.add_argument("--episodes", type=int, default=256, help="episodes of part two")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the picture")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "benchmarks", help="folder of the picture"
+    )
     args = parser.parse_args()
     if args.episodes < 1:
         parser.error("--episodes must be 1 or more")
@@ -322,6 +323,7 @@ def main():
     spread = play(args.run, args.episodes) if args.run else {}
     if not args.run:
         print("\nPart two needs a trained agent: `python train.py`, then `--run runs/household-0`.")
+    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "variance.png"
     plot(mean, spread, path)
     print(

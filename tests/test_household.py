@@ -625,6 +625,7 @@ def test_the_lamp_wins_no_other_task():
 
 def test_two():
     env = room_for("pick_two_obj_and_place")
+    env.max_steps = 30
     assert not play(env, *TAKE, *PUT)
     assert not play(env, *RETAKE, "go to table 2", "move mug 1 to table 2")  # the same one twice
     pen_in_table = (

@@ -1,0 +1,241 @@
+"""Success against the horizon: does hierarchical credit matter more in longer episodes?
+
+    python benchmarks/horizon.py                   the grid, many core-hours; stop it when you like
+    python benchmarks/horizon.py --seeds 1         the first seed of every cell
+    python benchmarks/horizon.py --show            tables and picture of what is there
+
+A point is a household with `chain` tasks per episode and `routine` steps between decisions (see
+worlds/household_chain.py). All methods of one point and seed start from one clone and play equally
+many episodes, with the settings of configs/tiny.yaml. A run is smaller than a default one, and
+longer episodes come in smaller numbers: each run takes about four minutes of one core.
+
+Most informative cells first: hiper and ppo, one task and four, then the rest, seed after seed. Each
+run ends as one line in runs/benchmarks/horizon.jsonl. A line of the same commit is not run again; a
+run that was killed goes on from its checkpoint. Lines of other commits, and our own in
+benchmarks/results/horizon.jsonl, are shown in tables of their own.
+
+    start, final   success on 300 unseen tasks, never the best of several
+    training       mean success of the training episodes, all iterations: the area under the curve
+    80 %           the first iteration at which a mean over three is 80 %
+"""
+
+import argparse
+import json
+import math
+import random
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.ablation import ROOT, clone, commit, read_lines, run_training
+
+OURS = ROOT / "benchmarks" / "results" / "horizon.jsonl"
+POINTS = {  # (chain, routine) -> episodes of the clone, and of an iteration
+    (1, 0): (2400, 64),
+    (2, 0): (1200, 48),
+    (4, 0): (600, 32),
+    (1, 1): (1200, 48),
+}
+METHODS = ("hiper", "ppo", "gigpo", "grpo", "gagpo")
+COLOURS = ("tab:red", "tab:blue", "tab:orange", "tab:green", "tab:purple")
+ROUNDS = [  # (methods, points), in this order for each seed
+    (METHODS[:2], [(4, 0), (1, 0)]),
+    (METHODS[:2], [(2, 0), (1, 1)]),
+    (METHODS[2:], list(POINTS)),
+]
+NUMBERS = ("success_start", "success_final", "training")
+
+
+# ---- runs --------------------------------------------------------------------------------------
+
+
+def cells(seeds):
+    """(method, point, seed), most informative first."""
+    return [
+        (method, point, seed)
+        for methods, points in ROUNDS
+        for seed in range(seeds)
+        for point in points
+        for method in methods
+    ]
+
+
+def cell_of(line):
+    return line["method"], (line["chain"], line["routine"]), line["seed"]
+
+
+def run_cell(cell, iterations, work):
+    """One run -> its line."""
+    method, point, seed = cell
+    chain, routine = point
+    bc_episodes, episodes = POINTS[point]
+    options = {"chain": chain, "routine": routine}
+    shared = {"seed": seed, "bc_episodes": bc_episodes, "env_options": json.dumps(options)}
+    start = clone(work / f"clone-{chain}-{routine}-{seed}", **shared)
+    flags = {**shared, "method": method, "episodes": episodes, "iterations": iterations}
+    out = work / f"{method}-{chain}-{routine}-{seed}-{iterations}"
+    return {"chain": chain, "routine": routine, **run_training(flags, out, start)}
+
+
+def run_all(todo, iterations, out):
+    work = out / "horizon" / commit()[:10]  # a run does not go on with other code
+    work.mkdir(parents=True, exist_ok=True)
+    for cell in todo:
+        line = run_cell(cell, iterations, work)
+        with open(out / "horizon.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        before, after = 100 * line["success_start"], 100 * line["success_final"]
+        print(*cell, f"{before:.1f} % -> {after:.1f} %", flush=True)
+
+
+# ---- tables and picture ------------------------------------------------------------------------
+
+
+def numbers_of(line):
+    """The line's successes in percent."""
+    training = statistics.mean(line["curve"])
+    values = (line["success_start"], line["success_final"], training)
+    return dict(zip(NUMBERS, (100 * value for value in values), strict=True))
+
+
+def interval(values, draws=10_000):
+    """95 % bootstrap interval of the mean over seeds; NaN for fewer than two."""
+    if len(values) < 2:
+        return math.nan, math.nan
+    rng = random.Random(0)
+    means = sorted(statistics.mean(rng.choices(values, k=len(values))) for _ in range(draws))
+    return means[draws // 40], means[-draws // 40]
+
+
+def summary(values):
+    low, high = interval(values)
+    spread = f" [{low:.1f}, {high:.1f}]" if low == low else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def show_table(title, lines):
+    print(f"\n{title}\nMeans over seeds, [95 % bootstrap interval over seeds].")
+    print(
+        f"{'chain routine method':23s} n  {'start':20s} {'final':20s} worst  "
+        f"{'training':20s} 80 % at iteration"
+    )
+    for point in POINTS:
+        for method in METHODS:
+            some = [line for line in lines if cell_of(line)[:2] == (method, point)]
+            if not some:
+                continue
+            some = sorted(some, key=cell_of)
+            found = {name: [numbers_of(line)[name] for line in some] for name in NUMBERS}
+            reached = [str(line["iterations_to_80"] or "-") for line in some]
+            print(
+                f"{point[0]:5d} {point[1]:7d} {method:8s} {len(some):2d}  "
+                f"{summary(found['success_start']):20s} {summary(found['success_final']):20s} "
+                f"{min(found['success_final']):5.1f}  {summary(found['training']):20s} "
+                f"{', '.join(reached)}"
+            )
+    for other in METHODS[1:]:
+        for point in POINTS:
+            pairs = differences(lines, point, other)
+            if pairs:
+                final, training = zip(*pairs, strict=True)
+                print(
+                    f"hiper minus {other}, chain {point[0]}, routine {point[1]}, "
+                    f"{len(pairs)} pairs: final {summary(final)}, training {summary(training)}"
+                )
+
+
+def differences(lines, point, other):
+    """hiper minus `other`, final and training success of each seed that both have played."""
+    ours, theirs = [
+        {line["seed"]: numbers_of(line) for line in lines if cell_of(line)[:2] == (method, point)}
+        for method in ("hiper", other)
+    ]
+    return [
+        tuple(ours[seed][name] - theirs[seed][name] for name in NUMBERS[1:])
+        for seed in sorted(ours)
+        if seed in theirs
+    ]
+
+
+def plot(lines, path):
+    """Final and training success against the chain's length; nothing without matplotlib."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for axis, name, title in zip(
+        axes, NUMBERS[1:], ("300 unseen tasks, at the end", "training episodes, mean"), strict=True
+    ):
+        for n, (method, colour) in enumerate(zip(METHODS, COLOURS, strict=True)):
+            found = {}  # chain -> values
+            for line in lines:
+                if line["method"] == method and not line["routine"]:
+                    found.setdefault(line["chain"], []).append(numbers_of(line)[name])
+            if not found:
+                continue
+            chains = sorted(found)
+            places = [math.log2(chain) + 0.04 * n for chain in chains]
+            means = [statistics.mean(found[chain]) for chain in chains]
+            counts = ", ".join(str(len(found[chain])) for chain in chains)
+            axis.plot(places, means, color=colour, label=f"{method}, n = {counts}")
+            for place, chain in zip(places, chains, strict=True):
+                axis.plot([place] * len(found[chain]), found[chain], ".", color=colour)
+                axis.vlines(place, *interval(found[chain]), color=colour)
+        axis.set(title=title, xlabel="tasks per episode", ylim=(0, 100))
+        axis.set_xticks([0, 1, 2], ["1", "2", "4"])
+        axis.legend(frameon=False, loc="lower left")
+    axes[0].set_ylabel("success %, seeds, 95 % interval of the mean")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def show(out):
+    """Tables of our lines, of lines of other commits, and of this one's -> the last."""
+    ours = read_lines(OURS)
+    if ours:
+        show_table("ours, as committed in benchmarks/results/", ours)
+    lines = [] if out == OURS.parent else read_lines(out / "horizon.jsonl")
+    current = commit()
+    for other in dict.fromkeys(line["commit"] for line in lines if line["commit"] != current):
+        some = [line for line in lines if line["commit"] == other]
+        show_table(f"{out}, another commit: {other[:10]}", some)
+    mine = [line for line in lines if line["commit"] == current]
+    if mine:
+        show_table(f"{out}, this commit: {current[:10]}", mine)
+        plot(mine, out / "horizon.png")
+    return mine
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--show", action="store_true", help="run nothing")
+    parser.add_argument("--seeds", type=int, default=8, help="of each cell")
+    parser.add_argument("--iterations", type=int, default=10)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks")
+    args = parser.parse_args(argv)
+    out = args.out.resolve()
+    if not args.show:
+        lines = read_lines(out / "horizon.jsonl")
+        done = {cell_of(line) for line in lines if line["commit"] == commit()}
+        todo = [cell for cell in cells(args.seeds) if cell not in done]
+        try:
+            run_all(todo, args.iterations, out)
+        except RuntimeError as error:
+            sys.exit(f"error: {error}")
+    lines = show(out)
+    pairs = differences(lines, (4, 0), "ppo")
+    if pairs:
+        gain = statistics.mean(final for final, _ in pairs)
+        print(f"\nhorizon: hiper minus ppo at four tasks, final success: {gain:+.1f} points")
+
+
+if __name__ == "__main__":
+    main()

@@ -83,6 +83,7 @@ def train_iteration(run, iteration):
     """
     config, accelerator = run.config, run.accelerator
     lr = start_iteration(run, iteration)
+    actor_learns = iteration >= config.critic_warmup or not config.has_critic
     seconds = {}
 
     # 1. Collect episodes with the current policy.
@@ -94,7 +95,8 @@ def train_iteration(run, iteration):
     with timed("score", seconds), accelerator.autocast():
         batch = make_batch(episodes, run.tokenizer, config.group_size)
         minibatches = draw_minibatches(run, batch.samples)
-        old, ref_logprobs, end_values, v_keep = score(run, batch, sum(minibatches, []))
+        passes = sum(minibatches, [])
+        old, ref_logprobs, end_values, v_keep = score(run, batch, passes, actor_learns)
 
     # 3. Estimate advantages.
     if config.method == "hiper":
@@ -108,7 +110,6 @@ def train_iteration(run, iteration):
 
     # 4. Update the policy and the critic with PPO.
     with timed("update", seconds):
-        actor_learns = iteration >= config.critic_warmup or not config.has_critic
         losses = update(
             run, batch.samples, minibatches, old, ref_logprobs, advantages, actor_learns
         )

@@ -29,6 +29,7 @@ from support.tokens import token_bytes
 
 BETAS = (0.9, 0.95)  # 0.999 averages squared gradients over 1,000 of the 1,600 steps
 VALUE_WEIGHT = 0.002  # of the value loss beside the response loss
+HEADS_LR = 2e-3  # of the value heads, which start at zero
 HEADS = "value_heads.safetensors"
 
 
@@ -41,13 +42,15 @@ class Recipe(NamedTuple):
 
 
 FROM_SCRATCH = Recipe(lr=2e-3, epochs=1, batch=32)
-PRETRAINED = Recipe(lr=1e-4, epochs=1, batch=16)  # tried with a model of 135 million parameters
+PRETRAINED = Recipe(lr=2e-4, epochs=1, batch=16)  # for a model of 135 million parameters
 
 
 def clone_expert(config, out, pool, accelerator, pretrained=None):
     """Demonstrations and cloning -> out/start, in Hugging Face's format.
 
     pretrained: (model, tokenizer) to fine-tune; without it a tiny model is made from scratch.
+    With --short_prompt the clone's tokenizer has no chat template: a prompt without instructions
+    needs none, and a template can be half as long as the prompt.
     """
     settings = dict(getattr(envs.world(config.env), "DEMONSTRATOR", {}))
     size = envs.size(config.env, pool.split)
@@ -56,6 +59,8 @@ def clone_expert(config, out, pool, accelerator, pretrained=None):
     torch.manual_seed(config.seed)
     if pretrained:
         model, tokenizer = pretrained
+        if config.short_prompt:
+            tokenizer.chat_template = None
     else:
         tokenizer = train_tokenizer([text for example in examples for text in example[:2]])
         model = tiny_model(tokenizer, config.attention or "sdpa")
@@ -270,7 +275,9 @@ def clone(policy, tokenizer, examples, config, recipe=FROM_SCRATCH, autocast=nul
     ]
     returns = torch.tensor(returns, device=device)  # [N]
     steps = _shuffled_batches(len(examples), recipe, config.seed)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=recipe.lr, betas=BETAS, weight_decay=0.01)
+    heads = list(policy.value_heads.parameters())
+    groups = [{"params": policy.actor.parameters()}, {"params": heads, "lr": HEADS_LR}]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=BETAS, weight_decay=0.01)
 
     def ramp(step):  # linear warm-up over 30 steps, then linearly down to a twentieth
         return min(1.0, (step + 1) / 30) * (1 - 0.95 * step / len(steps))

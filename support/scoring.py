@@ -44,17 +44,18 @@ def compute_logprobs_and_values(policy, samples, batches, *, logprobs=True, valu
     return PolicyOutput(*token_level, *turn_level)
 
 
-def score(run, batch, batches):
+def score(run, batch, batches, actor_learns=True):
     """-> (PolicyOutput of the N turns, reference log-probs, PolicyOutput of the final states,
     V_low of the carried subgoals [N]); the last three are None where they are not needed.
 
     run: its config, model, tokenizer and reference are used. batches: training scores the old
     policy in the micro-batches of the update, so that the ratio is 1 in the first PPO step.
+    actor_learns: without it no reference is needed, since its KL trains the actor alone.
     """
     config = run.config
     old = compute_logprobs_and_values(run.model, batch.samples, batches)
     ref_logprobs = end_values = v_keep = None
-    if run.reference:
+    if run.reference and actor_learns:
         output = compute_logprobs_and_values(run.reference, batch.samples, batches)
         ref_logprobs = output.logprobs
     if config.has_critic and config.bootstrap:

@@ -9,7 +9,7 @@ import envs
 from config import ConfigError
 from conftest import tiny_config
 from eval import main as evaluate
-from support import gguf
+from support import cloning, gguf
 from support.distributed import make_accelerator
 from support.loading import load_actor, load_policy, load_tokenizer
 from train import main as train
@@ -40,6 +40,23 @@ def test_a_pretrained_model_is_fine_tuned_on_the_demonstrations(trained, tmp_pat
     assert (tmp_path / "start" / "marker").exists()
     for name, weight in again.actor.state_dict().items():
         assert torch.equal(weight, after[name])
+
+
+@pytest.mark.parametrize("short", [True, False])
+def test_a_clone_of_short_prompts_has_no_chat_template(
+    tiny_actor, tiny_tokenizer, tmp_path, monkeypatch, short
+):
+    """Long prompts keep the model's own."""
+    monkeypatch.setattr(cloning, "clone", lambda *_: None)
+    model = tmp_path / "model"
+    tiny_actor.save_pretrained(model)
+    tiny_tokenizer.save_pretrained(model)
+    (model / "chat_template.jinja").write_text("{{ messages[0]['content'] }} Answer:")
+    config = tiny_config(model=str(model), bc_episodes=1, short_prompt=short)
+    with envs.EnvPool("household", "train", workers=1) as pool:
+        _, tokenizer, _ = load_policy(config, tmp_path, pool, make_accelerator())
+    assert bool(tokenizer.chat_template) == (not short)
+    assert bool(load_tokenizer(tmp_path / "start").chat_template) == (not short)
 
 
 @pytest.mark.parametrize("name", ["missing.gguf", "text.gguf"])

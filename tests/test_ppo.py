@@ -12,7 +12,7 @@ import hae
 import hiper
 from rollout import make_batch
 from support import batch as batches
-from support import ppo
+from support import ppo, scoring
 from support.loading import make_optimizer
 from update_tools import (
     BIG,
@@ -311,6 +311,55 @@ def test_critic_warm_up_leaves_the_actor_alone(
     if critic == "separate":
         wanted.add("critic")
     assert changed == wanted
+
+
+def test_a_shared_backbone_feels_little_of_the_value_loss(
+    tiny_policy, tiny_tokenizer, accelerator, monkeypatch
+):
+    """The gradient of all is linear in the weight; the critic of its own has weight 1."""
+    shared = hiper.ActorCritic(tiny_policy.actor, "shared")
+    shared.value_heads.load_state_dict(tiny_policy.value_heads.state_dict())
+    before = weights(shared)
+
+    def gradients(weight):
+        monkeypatch.setattr(ppo, "SHARED_VALUE_WEIGHT", weight)
+        after = learn(shared, tiny_tokenizer, make_episodes(tiny_tokenizer), accelerator).weights
+        return {name: before[name] - after[name] for name in after}
+
+    usual, without, whole = gradients(ppo.SHARED_VALUE_WEIGHT), gradients(0.0), gradients(1.0)
+    expected = {n: without[n] + 0.01 * (whole[n] - without[n]) for n in usual}
+    assert_close(usual, expected, atol=1e-4)
+    assert not same(usual, without)
+
+
+@pytest.mark.parametrize("actor_learns", [False, True])
+def test_a_critic_only_iteration_does_without_gradients_of_the_actor(
+    tiny_policy, tiny_tokenizer, accelerator, monkeypatch, actor_learns
+):
+    """And without the reference's log-probabilities, whose KL trains the actor alone."""
+    seen = []
+    loss_terms = ppo.loss_terms
+
+    def recorded(run, *rest):
+        seen.append({p.requires_grad for p in run.model.actor.parameters()})
+        assert all(p.requires_grad for p in run.model.critic.parameters())
+        return loss_terms(run, *rest)
+
+    monkeypatch.setattr(ppo, "loss_terms", recorded)
+    scored = []
+    compute = scoring.compute_logprobs_and_values
+
+    def compute_recorded(policy, *rest, **options):
+        scored.append(policy)
+        return compute(policy, *rest, **options)
+
+    monkeypatch.setattr(scoring, "compute_logprobs_and_values", compute_recorded)
+    episodes = make_episodes(tiny_tokenizer)
+    warmup = int(not actor_learns)
+    result = iterate(tiny_policy, tiny_tokenizer, episodes, accelerator, critic_warmup=warmup)
+    assert seen == [{actor_learns}]
+    assert (result.run.reference in scored) == actor_learns
+    assert all(p.requires_grad for p in result.run.model.parameters())
 
 
 def not_switched(batch):

@@ -9,7 +9,7 @@ What the user can mend raises ConfigError: one sentence, before anything is writ
 import dataclasses
 from dataclasses import dataclass, field
 
-METHODS = ("hiper", "ppo", "rloo", "grpo", "gigpo")
+METHODS = ("hiper", "ppo", "rloo", "grpo", "gigpo", "hgpo", "gagpo", "beacon")
 DECISIONS = ("switch", "subgoal", "action")
 SUCCESS_REWARD = 10.0  # paper: 10, else 0
 EVAL_TEMPERATURE = 0.4  # paper: 0.4; training samples at temperature 1
@@ -48,7 +48,7 @@ class Config:
 
     episodes: int = setting(128, "episodes per iteration, over all processes", low=1)
     group_size: int = setting(
-        0, "episodes per task; 0: 1 for hiper and ppo, 8 for rloo, grpo, gigpo", low=0
+        0, "episodes per task; 0: 1 for hiper and ppo, 8 for the others", low=0
     )
     num_envs: int = setting(128, "episodes in play at once, per process", low=1)
     history: int = setting(2, "past (observation, action) pairs in the prompt", low=0)
@@ -74,7 +74,7 @@ class Config:
     gamma: float = setting(1.0, "hiper, ppo: discount per turn", low=0, high=1)
     lam_low: float = setting(1.0, "hiper: lambda of the executor, per turn", low=0, high=1)
     lam_high: float = setting(0.95, "hiper: lambda of the planner, per segment", low=0, high=1)
-    gae_lambda: float = setting(0.95, "ppo: lambda of flat GAE, per turn", low=0, high=1)
+    gae_lambda: float = setting(0.95, "ppo, gagpo: lambda of flat GAE, per turn", low=0, high=1)
     decisions: str = setting("switch,subgoal,action", "hiper: the decisions that are trained")
     normalize: str = setting(
         "per_decision",

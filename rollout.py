@@ -4,10 +4,7 @@
 (support/batch.py) turns the episodes into ids, masks and padded [B, T] arrays.
 
 Each slot holds one episode. When an episode ends, its slot takes the next task at once, so long
-episodes do not hold back short ones.
-
-Every turn is its own sample: a prompt and a response.
-
+episodes do not hold back short ones. Every turn is its own sample: a prompt and a response.
 P prompt tokens, L response tokens.
 """
 
@@ -32,6 +29,7 @@ class Turn:
     subgoal: str  # o_t, the subgoal in force from here on
     observation: str  # what the agent saw before it answered
     reward: float  # scaled, penalties included
+    progress: float = 0.0  # of the task, after the turn
 
 
 @dataclass(frozen=True)
@@ -110,6 +108,7 @@ class AgentState:
                 subgoal=self.subgoal,
                 observation=self.observation,
                 reward=self._shaped_reward(reward, decision, is_segment_start, info),
+                progress=info.get("progress", 0.0),
             )
         )
         self.past.append((self.observation, decision.action))

@@ -71,6 +71,7 @@ class Batch:
     rewards: torch.Tensor  # float
     switch: torch.Tensor  # bool: a segment starts
     state: torch.Tensor  # int, equal numbers for equal observations
+    progress: torch.Tensor  # float: of the task after the turn, 0 where the world tells none
     truncated: torch.Tensor  # bool [B]
     group: torch.Tensor  # int [B], equal numbers for the episodes of one drawn task
     prev_subgoals: list  # N texts: o_{t-1}
@@ -113,6 +114,7 @@ def make_batch(episodes, tokenizer, group_size=1):
         rewards=grid([turn.reward for turn in turns], torch.float),
         switch=grid([turn.is_segment_start for turn in turns], torch.bool),
         state=grid(states, torch.long),
+        progress=grid([turn.progress for turn in turns], torch.float),
         truncated=torch.tensor([episode.truncated for episode in episodes]),
         group=torch.arange(len(episodes)) // group_size,
         prev_subgoals=[turn.prev_subgoal for turn in turns],

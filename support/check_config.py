@@ -28,7 +28,7 @@ def check(config):
     if config.attention == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
         raise ConfigError("--attention flash_attention_2 needs flash-attn: pip install flash-attn")
     if config.method == "hiper" and config.prompt == "flat":
-        raise ConfigError("--prompt flat has no switches: it goes with ppo, rloo, grpo or gigpo")
+        raise ConfigError("--prompt flat has no switches: it goes with the other methods")
     if config.method != "hiper" and config.segments != "learned":
         raise ConfigError(
             f"--segments {config.segments} writes a part of each response, which only "

@@ -23,9 +23,10 @@ from support.world_check import try_world
 def check_world_and_model(config):
     """ConfigError where the world or the model cannot be had, before anything is written."""
     info = try_world(config)
-    if config.checklist and "progress" not in info:
+    if (config.checklist or config.method == "beacon") and "progress" not in info:
+        flag = "--checklist" if config.checklist else "--method beacon"
         raise ConfigError(
-            f"--checklist needs a world that reports subtasks (info['progress']), and "
+            f"{flag} needs a world that reports subtasks (info['progress']), and "
             f"{config.env} does not"
         )
     if config.model:

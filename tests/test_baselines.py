@@ -11,10 +11,20 @@ import torch
 
 import envs
 import hiper
-from baselines import baseline_advantages, gigpo, group_normalize, grpo, returns, rloo
+from baselines import (
+    baseline_advantages,
+    beacon,
+    gagpo,
+    gigpo,
+    group_normalize,
+    grpo,
+    hgpo,
+    returns,
+    rloo,
+)
 from benchmarks import swap
 from benchmarks.alignment import alignment
-from config import ConfigError
+from config import METHODS, ConfigError
 from conftest import tiny_config
 from hae import gae, hae, normalize, switch_gain
 from hiper import DECISIONS, Masks, PolicyOutput, hiper_advantages
@@ -53,6 +63,7 @@ def random_batch(seed=0, tasks=3):
         turn_idx=turn_idx,
         group=torch.randint(tasks, (B,), generator=g),
         state=torch.randint(4, (B, T), generator=g) * mask,
+        progress=torch.randint(4, (B, T), generator=g) / 4 * mask,
         samples=SimpleNamespace(masks=masks, response_mask=lambda: everywhere),
         to_turns=to_turns,
         to_grid=to_grid,
@@ -165,6 +176,111 @@ def test_gigpo_is_its_equation(seed, scale):
     assert not got[~x.mask].any()
 
 
+def returns_to_go(x, gamma):
+    return {
+        (b, t): sum(gamma ** (u - t) * x.rewards[b, u].item() for u in range(t, T) if x.mask[b, u])
+        for b, t in turns_of(x)
+    }
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_gagpo_is_its_equation(seed):
+    x = random_batch(seed)
+    got = gagpo(x.rewards, x.mask, x.group, x.state, gamma=0.8, lam=0.6)
+    to_go = returns_to_go(x, 0.8)
+
+    def value(b, t):  # the mean return of the group's visits of the state; 0 after the end
+        if (b, t) not in to_go:
+            return 0.0
+        return mean_of(
+            [
+                ret
+                for (i, u), ret in to_go.items()
+                if x.group[i] == x.group[b] and x.state[i, u] == x.state[b, t]
+            ]
+        )
+
+    for b, t in turns_of(x):
+        later = [u for i, u in to_go if i == b and u >= t]
+        deltas = [x.rewards[b, u].item() + 0.8 * value(b, u + 1) - value(b, u) for u in later]
+        want = sum(0.48**n * delta for n, delta in enumerate(deltas))
+        assert got[b, t].item() == pytest.approx(want, abs=1e-4)
+    assert not got[~x.mask].any()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_hgpo_is_its_equation(seed):
+    x = random_batch(seed, tasks=1)
+    got = hgpo(x.rewards, x.mask, x.group, x.state, gamma=0.8, depth=2, alpha=2.0)
+    to_go = returns_to_go(x, 0.8)
+
+    def seen(b, t, k):  # the state and the k before it; None before the episode
+        return [x.state[b, u].item() if u >= 0 else None for u in range(t - k, t + 1)]
+
+    for b, t in turns_of(x):
+        want = 0.0
+        for k, weight in enumerate((1 / 14, 4 / 14, 9 / 14)):
+            alike = [
+                ret
+                for (i, u), ret in to_go.items()
+                if x.group[i] == x.group[b] and seen(i, u, k) == seen(b, t, k)
+            ]
+            want += weight * (to_go[b, t] - mean_of(alike)) / (sample_std(alike) + 1e-6)
+        assert got[b, t].item() == pytest.approx(want, abs=1e-3)
+    assert not got[~x.mask].any()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_beacon_is_its_equation(seed):
+    x = random_batch(seed)
+    ret = returns(x.rewards, x.mask)[:, 0]
+    got = beacon(ret, x.progress, x.mask, x.group, gamma=0.8)
+    earned, behind = {}, {}
+    for b in range(B):
+        progress = [x.progress[b, t].item() for t in range(T) if x.mask[b, t]]
+        best = [max(progress[:t], default=0.0) for t in range(len(progress))]
+        milestones = [t for t, value in enumerate(progress) if value > max(best[t], 0.0)]
+        for t in range(len(progress)):
+            ahead = [m for m in milestones if m >= t]
+            earned[b, t] = 10 * 0.8 ** (ahead[0] - t) if ahead else 0.0
+            behind[b, t] = max(best[t], 0.0)
+    for b, t in turns_of(x):
+        episodes = [ret[i].item() for i in range(B) if x.group[i] == x.group[b]]
+        turns = [
+            earned[i, u]
+            for i, u in turns_of(x)
+            if x.group[i] == x.group[b] and behind[i, u] == behind[b, t]
+        ]
+        want = (ret[b].item() - mean_of(episodes)) / (sample_std(episodes) + 1e-6)
+        want += (earned[b, t] - mean_of(turns)) / (sample_std(turns) + 1e-6)
+        assert got[b, t].item() == pytest.approx(want, abs=1e-3)
+    assert not got[~x.mask].any()
+
+
+def test_limits_of_the_newer_group_methods():
+    x = random_batch()
+    ret = returns(x.rewards, x.mask)[:, 0]
+    turns = x.rewards, x.mask, x.group, x.state
+    at_states = gigpo(torch.zeros(B), *turns, gamma=0.8)
+    torch.testing.assert_close(hgpo(*turns, gamma=0.8, depth=0), at_states)
+    unscaled = gigpo(torch.zeros(B), *turns, gamma=0.8, scale=False)
+    torch.testing.assert_close(gagpo(*turns, gamma=0.8, lam=1.0), unscaled)
+    no_state_twice = torch.arange(B * T).view(B, T)
+    assert not hgpo(*turns[:3], no_state_twice).any()
+    assert gagpo(*turns[:3], no_state_twice).abs().max() < 1e-5  # every value is its return
+    want = grpo(ret, x.group)[:, None] * x.mask
+    torch.testing.assert_close(beacon(ret, 0 * x.progress, x.mask, x.group), want)
+
+
+@pytest.mark.parametrize("t", range(T))
+def test_the_newer_group_methods_take_episodes_of_any_length(t):
+    x = random_batch()
+    turns = x.rewards[:, : t + 1], x.mask[:, : t + 1], x.group, x.state[:, : t + 1]
+    for method in (gagpo, hgpo):
+        assert method(*turns).shape == (B, t + 1)
+    assert beacon(x.rewards[:, 0], x.progress[:, : t + 1], *turns[1:3]).shape == (B, t + 1)
+
+
 def test_a_group_of_one_has_no_advantage():
     x = random_batch()
     ret = returns(x.rewards, x.mask)[:, 0]
@@ -221,14 +337,18 @@ def test_equal_states_of_two_tasks_are_not_compared():
 # ---- from methods to tokens --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["ppo", "rloo", "grpo", "gigpo"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "hiper"])
 def test_baselines_give_every_token_of_a_turn_its_advantage(method):
     x = random_batch()
     n = len(x.episode_idx)
     old = random_output(n)
     ret = returns(x.rewards, x.mask)[:, 0]
     advantages, target = gae(x.rewards, x.mask, x.to_grid(old.v_high), gamma=0.9, lam=0.6)
+    turns = x.rewards, x.mask, x.group, x.state
     wanted = {
+        "hgpo": hgpo(*turns),
+        "gagpo": normalize(gagpo(*turns, lam=0.6), x.mask),
+        "beacon": beacon(ret, x.progress, x.mask, x.group),
         "ppo": normalize(advantages, x.mask),
         "rloo": normalize(rloo(ret, x.group)[:, None] * x.mask, x.mask),
         "grpo": grpo(ret, x.group)[:, None] * x.mask,
@@ -590,6 +710,14 @@ def test_the_flat_prompt_shows_no_plan_and_reads_none(tiny_actor, tiny_tokenizer
         shown = demonstrations(pool, range(3), config, random_subgoals=0.5)
     assert all(hiper.parse_flat(response).valid for _, response, _ in shown)
     assert all("Subgoal" not in prompt for prompt, _, _ in shown)
+
+
+def test_a_batch_has_the_progress_after_each_turn(tiny_actor, tiny_tokenizer):
+    episodes = play(tiny_actor, tiny_tokenizer, range(2), planner="expert", executor="expert")
+    batch = make_batch(episodes, tiny_tokenizer)
+    for b, episode in enumerate(episodes):
+        progress = batch.progress[b, : len(episode.turns)]
+        assert progress[0] == 0 and progress[-1] == 1
 
 
 def test_a_batch_numbers_groups_and_states(tiny_actor, tiny_tokenizer):

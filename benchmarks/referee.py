@@ -14,6 +14,8 @@ correlation of what it puts on a decision's tokens with that decision's true adv
 
     noise    the truth is a mean over K episodes: two halves of them correlate less than 1. The
              correlations are divided by the square root of the truth's reliability
+    error    mean squared error over the true advantage's mean square, both without the noise of
+             the truth; 1 is what an estimate of 0 has. Only for estimates in the return's units
     [a, b]   95 % interval, bootstrapped over tasks
 
 It needs a world whose environments can be copied (the household). `--start` judges the estimators
@@ -59,7 +61,12 @@ ESTIMATORS = {
     "RLOO": dict(method="rloo"),
     "GRPO": dict(method="grpo"),
     "GiGPO": dict(method="gigpo"),
+    "HGPO": dict(method="hgpo"),
+    "GAGPO 0.65": dict(method="gagpo", gae_lambda=0.65),
+    "BEACON": dict(method="beacon"),
 }
+# These divide by standard deviations of returns, so their advantages are in other units.
+OTHER_UNITS = ("GRPO", "GiGPO", "HGPO", "BEACON")
 
 
 # ---- playing from any state --------------------------------------------------------------------
@@ -185,6 +192,14 @@ def reliability(halves):
     return 2 * r / (1 + r) if r > 0 else 0.0
 
 
+def relative_error(estimates, halves):
+    """Mean squared error over the truth's mean square, both without the noise of the truth."""
+    truth = halves.mean(1)
+    noise = (halves[:, 0] - halves[:, 1]).square().mean() / 4  # of the mean of two
+    error = (estimates - truth).square().mean() - noise
+    return float(error / (truth.square().mean() - noise))
+
+
 def compare(estimates, halves, tasks, draws=1000):
     """Correlation with the truth, corrected for its noise -> (value, low, high).
 
@@ -239,6 +254,7 @@ def judge(run, args):
         "reliability": {},
         "spread": {},
         "correlation": {name: {} for name in ESTIMATORS},
+        "error": {name: {} for name in ESTIMATORS if name not in OTHER_UNITS},
     }
     for kind, found in rows.items():
         table = torch.tensor(found)  # [M, 4]
@@ -247,8 +263,10 @@ def judge(run, args):
         result["reliability"][kind] = reliability(halves)
         result["spread"][kind] = float(halves.mean(1).std())
         for name, advantages in estimated.items():
-            found = compare(advantages[kind][b, t], halves, b // GROUP)
-            result["correlation"][name][kind] = found
+            found = advantages[kind][b, t]
+            result["correlation"][name][kind] = compare(found, halves, b // GROUP)
+            if name in result["error"]:
+                result["error"][name][kind] = relative_error(found, halves)
     return result
 
 
@@ -257,7 +275,7 @@ def show(result):
         f"{result['episodes']} episodes, {result['success']:.0%} with success; the truth from "
         f"{result['rollouts']} episodes per alternative"
     )
-    print(f"{'':26s}" + "".join(f"{kind:>22s}" for kind in DECISIONS))
+    print(f"{'':34s}" + "".join(f"{kind:>22s}" for kind in DECISIONS))
     rows = {
         "turns": {k: f"{n}" for k, n in result["turns"].items()},
         "std of the true advantage": {k: f"{x:.2f}" for k, x in result["spread"].items()},
@@ -265,8 +283,10 @@ def show(result):
     }
     for name, by_kind in result["correlation"].items():
         rows[name] = {k: "{:.2f} [{:.2f}, {:.2f}]".format(*found) for k, found in by_kind.items()}
+    for name, by_kind in result["error"].items():
+        rows[f"error of {name}"] = {kind: f"{error:.2f}" for kind, error in by_kind.items()}
     for name, cells in rows.items():
-        print(f"{name:26s}" + "".join(f"{cells[kind]:>22s}" for kind in DECISIONS))
+        print(f"{name:34s}" + "".join(f"{cells[kind]:>22s}" for kind in DECISIONS))
 
 
 def main(argv=None):

@@ -93,6 +93,16 @@ def test_noise_alone_has_no_correlation():
     assert all(x != x for x in referee.compare(torch.rand(3), halves, torch.arange(3)))
 
 
+def test_the_error_is_without_the_noise_of_the_truth():
+    """An estimate that is off by a third of the truth's spread, and one of 0."""
+    torch.manual_seed(0)
+    truth = torch.randn(20_000)
+    halves = truth[:, None] + torch.randn(20_000, 2)
+    near = truth + torch.randn(20_000) / 3
+    assert referee.relative_error(near, halves) == pytest.approx(1 / 9, abs=0.02)
+    assert referee.relative_error(0 * truth, halves) == pytest.approx(1, abs=0.02)
+
+
 def test_too_few_turns_are_refused(run):
     """The barely trained agent of the tests writes hardly any valid turn."""
     args = SimpleNamespace(tasks=1, turns=1, rollouts=2)

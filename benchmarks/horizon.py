@@ -25,7 +25,9 @@ import math
 import random
 import statistics
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -33,7 +35,7 @@ from benchmarks.ablation import ROOT, clone, commit, read_lines, run_training
 
 OURS = ROOT / "benchmarks" / "results" / "horizon.jsonl"
 POINTS = {  # (chain, routine) -> episodes of the clone, and of an iteration
-    (1, 0): (2400, 64),
+    (1, 0): (3200, 64),
     (2, 0): (1200, 48),
     (4, 0): (600, 32),
     (1, 1): (1200, 48),
@@ -66,28 +68,51 @@ def cell_of(line):
     return line["method"], (line["chain"], line["routine"]), line["seed"]
 
 
-def run_cell(cell, iterations, work):
+def shared_flags(cell):
+    """The settings that all methods of the cell's point and seed have in common."""
+    _, (chain, routine), seed = cell
+    options = json.dumps({"chain": chain, "routine": routine})
+    return {"seed": seed, "bc_episodes": POINTS[chain, routine][0], "env_options": options}
+
+
+def make_clone(cell, work):
+    """The start of all methods of the cell's point and seed, made once -> its folder."""
+    _, (chain, routine), seed = cell
+    return clone(work / f"clone-{chain}-{routine}-{seed}", **shared_flags(cell))
+
+
+def run_cell(cell, iterations, start, work):
     """One run -> its line."""
-    method, point, seed = cell
-    chain, routine = point
-    bc_episodes, episodes = POINTS[point]
-    options = {"chain": chain, "routine": routine}
-    shared = {"seed": seed, "bc_episodes": bc_episodes, "env_options": json.dumps(options)}
-    start = clone(work / f"clone-{chain}-{routine}-{seed}", **shared)
-    flags = {**shared, "method": method, "episodes": episodes, "iterations": iterations}
+    method, (chain, routine), seed = cell
+    flags = {
+        **shared_flags(cell),
+        "method": method,
+        "episodes": POINTS[chain, routine][1],
+        "iterations": iterations,
+    }
     out = work / f"{method}-{chain}-{routine}-{seed}-{iterations}"
     return {"chain": chain, "routine": routine, **run_training(flags, out, start)}
 
 
-def run_all(todo, iterations, out):
+def run_all(todo, iterations, jobs, out):
+    """Run the cells, append their lines to out/horizon.jsonl -> what failed, as sentences."""
     work = out / "horizon" / commit()[:10]  # a run does not go on with other code
     work.mkdir(parents=True, exist_ok=True)
-    for cell in todo:
-        line = run_cell(cell, iterations, work)
+    locks = {(point, seed): Lock() for _, point, seed in todo}
+
+    def run_one(cell):
+        with locks[cell[1:]]:  # the first one makes the clone
+            start = make_clone(cell, work)
+        line = run_cell(cell, iterations, start, work)
         with open(out / "horizon.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         before, after = 100 * line["success_start"], 100 * line["success_final"]
         print(*cell, f"{before:.1f} % -> {after:.1f} %", flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {cell: pool.submit(run_one, cell) for cell in todo}
+    errors = {cell: future.exception() for cell, future in futures.items()}
+    return [f"{cell}: {error}" for cell, error in errors.items() if error]
 
 
 # ---- tables and picture ------------------------------------------------------------------------
@@ -218,19 +243,20 @@ def main(argv=None):
     )
     parser.add_argument("--show", action="store_true", help="run nothing")
     parser.add_argument("--seeds", type=int, default=8, help="of each cell")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each")
     parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks")
     args = parser.parse_args(argv)
     out = args.out.resolve()
+    failed = []
     if not args.show:
         lines = read_lines(out / "horizon.jsonl")
         done = {cell_of(line) for line in lines if line["commit"] == commit()}
         todo = [cell for cell in cells(args.seeds) if cell not in done]
-        try:
-            run_all(todo, args.iterations, out)
-        except RuntimeError as error:
-            sys.exit(f"error: {error}")
+        failed = run_all(todo, args.iterations, args.jobs, out)
     lines = show(out)
+    if failed:
+        sys.exit("failed: " + "; ".join(failed))
     pairs = differences(lines, (4, 0), "ppo")
     if pairs:
         gain = statistics.mean(final for final, _ in pairs)

@@ -1,0 +1,101 @@
+"""benchmarks/horizon.py: what it runs and in which order, and its tables."""
+
+import json
+import math
+
+import pytest
+
+from benchmarks import horizon
+
+
+def line_of(method, point, seed, final=0.5, commit="this commit"):
+    return {
+        "method": method,
+        "prompt": "plan-execute",
+        "chain": point[0],
+        "routine": point[1],
+        "seed": seed,
+        "commit": commit,
+        "success_start": 0.25,
+        "success_final": final,
+        "iterations_to_80": None,
+        "curve": [0.2, 0.4],
+    }
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Calls of train.py and of the cloning that horizon.py would make; they end at once."""
+    made = {"clones": [], "runs": []}
+
+    def clone(folder, **flags):
+        made["clones"].append((folder.name, flags))
+        return folder / "start"
+
+    def run_training(flags, out, start):
+        made["runs"].append((flags, start))
+        return {**line_of(flags["method"], (0, 0), flags["seed"]), "commit": horizon.commit()}
+
+    monkeypatch.setattr(horizon, "clone", clone)
+    monkeypatch.setattr(horizon, "run_training", run_training)
+    monkeypatch.setattr(horizon, "plot", lambda lines, path: None)
+    monkeypatch.setattr(horizon, "commit", lambda: "this commit")
+    return made
+
+
+def test_the_most_informative_cells_come_first():
+    cells = horizon.cells(2)
+    first = [("hiper", (4, 0), 0), ("ppo", (4, 0), 0), ("hiper", (1, 0), 0), ("ppo", (1, 0), 0)]
+    assert cells[:4] == first
+    assert {method for method, _, _ in cells[:16]} == {"hiper", "ppo"}
+    assert len(cells) == len(set(cells)) == 2 * len(horizon.METHODS) * len(horizon.POINTS)
+
+
+def test_all_methods_of_a_point_and_seed_share_a_clone_and_play_equally_many_episodes(
+    tmp_path, capsys, runs
+):
+    horizon.main(["--seeds", "1", "--out", str(tmp_path)])
+    assert len(runs["runs"]) == len(horizon.cells(1))
+    shared = {}
+    for flags, start in runs["runs"]:
+        settings = tuple(value for name, value in flags.items() if name != "method")
+        assert shared.setdefault(start, settings) == settings
+    assert len(shared) == len(horizon.POINTS)
+    assert all(flags == dict(runs["clones"])[name] for name, flags in runs["clones"])
+
+
+def test_runs_that_are_done_are_not_run_again(tmp_path, capsys, runs):
+    ours = horizon.OURS.read_bytes() if horizon.OURS.exists() else b""
+    done = [line_of("hiper", (4, 0), 0), line_of("ppo", (4, 0), 0, commit="another commit")]
+    text = "".join(json.dumps(line) + "\n" for line in done)
+    (tmp_path / "horizon.jsonl").write_text(text)
+    horizon.main(["--seeds", "1", "--out", str(tmp_path)])
+    assert len(runs["runs"]) == len(horizon.cells(1)) - 1
+    assert "another commit: another co" in capsys.readouterr().out
+    assert (horizon.OURS.read_bytes() if horizon.OURS.exists() else b"") == ours
+
+
+def test_the_table_counts_seeds_and_pairs(capsys):
+    lines = [line_of("hiper", (4, 0), seed, final=0.5 + seed / 10) for seed in range(3)]
+    lines += [line_of("ppo", (4, 0), seed, final=0.4) for seed in range(1, 3)]
+    assert horizon.differences(lines, (4, 0), "ppo") == [
+        (pytest.approx(20), 0),
+        (pytest.approx(30), 0),
+    ]
+    horizon.show_table("title", lines)
+    said = capsys.readouterr().out
+    assert "hiper minus ppo, chain 4, routine 0, 2 pairs: final 25.0 [20.0, 30.0]" in said
+    [row] = [row for row in said.splitlines() if row.split()[:4] == ["4", "0", "hiper", "3"]]
+    assert "60.0 [50.0, 70.0]" in row and " 50.0  30.0" in row and row.endswith("-, -, -")
+
+
+def test_one_seed_has_no_interval():
+    assert math.isnan(horizon.interval([50.0])[0])
+    assert horizon.summary([50.0]) == "50.0"
+
+
+def test_the_picture_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    lines = [line_of("hiper", (chain, 0), seed) for chain in (1, 4) for seed in range(2)]
+    horizon.plot(lines, tmp_path / "horizon.png")
+    assert (tmp_path / "horizon.png").stat().st_size > 10_000

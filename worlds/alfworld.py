@@ -228,3 +228,9 @@ def _places(commands):
     go_to = "go to "
     reachable = [c.removeprefix(go_to) for c in commands if c.startswith(go_to)]
     return sorted(reachable, key=natural_order)
+
+
+if __name__ == "__main__":
+    from support import play
+
+    raise SystemExit(play.main("alfworld"))

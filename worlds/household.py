@@ -23,7 +23,6 @@ from worlds.household_rooms import CLOSED, draw_room, kind
 
 SPLITS = ("train", "seen", "unseen")
 SIZES = {"train": 20_000, "seen": 300, "unseen": 300}
-IN_PROCESS = True  # envs.EnvPool may keep many of these in one process
 MAX_STEPS = 15
 DEMONSTRATOR = {"random_subgoals": 0.82, "action_noise": 0.25}  # see support/cloning.py
 TIMES_OF_DAY = ("Dawn", "Morning", "Noon", "Evening", "Dusk", "Night")  # of the step limit
@@ -121,11 +120,8 @@ class Household:
         """Does nothing: there is nothing to release."""
 
     def admissible(self):
-        """All commands accepted now, in ALFWorld's grammar.
-
-        A few of them change nothing: `use lamp 1` without the task's object in hand, and an
-        appliance used on an object that has its state already.
-        """
+        """All commands accepted now, in ALFWorld's grammar. A few of them change nothing: `use lamp
+        1` without the task's object, an appliance used on an object that has its state already."""
         here = self.at
         held = self._held()
         commands = [f"go to {p}" for p in [*self.places, *APPLIANCES] if p != here]
@@ -347,3 +343,9 @@ class Household:
         if self.at != place:
             return f"go to {place}"
         return f"open {place}" if place in self.closed else None
+
+
+if __name__ == "__main__":
+    from support import play
+
+    raise SystemExit(play.main("household"))

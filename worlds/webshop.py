@@ -312,3 +312,9 @@ class WebShopEnv:
             if self._number in self.shop.catalogue.index.search(query):
                 return query
         return self.product.name
+
+
+if __name__ == "__main__":
+    from support import play
+
+    raise SystemExit(play.main("webshop"))

@@ -134,6 +134,17 @@ def printable(text):
 # ---- warnings ----------------------------------------------------------------------------------
 
 WINDOW = 4  # iterations whose mean is judged
+WATCHED = ("success", "switch_rate", "valid_format_rate")
+ALARMS = {  # what the agent does, a heading of docs/faq.md -> the likely cause, what to try
+    "hardly ever switches": "so one subgoal serves a whole episode; try --switch_advantage "
+    "closed_form, or --keep_penalties '{\"turn\": 0.3}'",
+    "switches at almost every turn": "so segments are single turns; see the explained_variance "
+    "of the high head, try a smaller --lr",
+    "writes malformed responses": "more than one in five; raise --invalid_penalty or "
+    "--untrained_kl_coef",
+    "has lost 20 points of success": "since its best, so the policy moved too far; try a smaller "
+    "--lr or a larger --kl_coef",
+}
 
 
 def collapse_warning(lines, hierarchical):
@@ -142,15 +153,18 @@ def collapse_warning(lines, hierarchical):
     hierarchical: whether the agent itself decides where its segments end.
     """
     before = _problems(lines[:-1], hierarchical)
-    new = [text for text in _problems(lines, hierarchical) if text not in before]
+    new = [
+        f"{name}, {ALARMS[name]} (docs/faq.md#{name.replace(' ', '-')})"
+        for name in _problems(lines, hierarchical)
+        if name not in before
+    ]
     if not new:
         return None
-    said = "; and ".join(new)
-    return f"iteration {lines[-1]['iteration']}: the agent {said} (more in docs/faq.md)"
+    return f"iteration {lines[-1]['iteration']}: the agent {'; and '.join(new)}"
 
 
 def _problems(lines, hierarchical):
-    """What is wrong at the end of `lines`, with a likely cause."""
+    """What is wrong at the end of `lines` -> list of names in ALARMS."""
     if len(lines) < WINDOW:
         return []
     recent = {key: mean(line[key] for line in lines[-WINDOW:]) for key in WATCHED}
@@ -158,28 +172,10 @@ def _problems(lines, hierarchical):
         mean(line["success"] for line in lines[end - WINDOW : end])
         for end in range(WINDOW, len(lines) + 1)
     )
-    problems = []
-    if hierarchical and recent["switch_rate"] < 0.02:
-        problems.append(
-            "hardly ever switches, so one subgoal serves a whole episode; try "
-            "--switch_advantage closed_form, or --keep_penalties '{\"turn\": 0.3}'"
-        )
-    if hierarchical and recent["switch_rate"] > 0.95:
-        problems.append(
-            "switches at almost every turn, so segments are single turns; see the "
-            "explained_variance of the high head, try a smaller --lr"
-        )
-    if recent["valid_format_rate"] < 0.8:
-        problems.append(
-            "writes more and more malformed responses; raise --invalid_penalty or "
-            "--untrained_kl_coef"
-        )
-    if recent["success"] < best - 0.2:
-        problems.append(
-            "has lost 20 points of success since its best, so the policy moved too far; try a "
-            "smaller --lr or a larger --kl_coef"
-        )
-    return problems
-
-
-WATCHED = ("success", "switch_rate", "valid_format_rate")
+    is_so = (
+        hierarchical and recent["switch_rate"] < 0.02,
+        hierarchical and recent["switch_rate"] > 0.95,
+        recent["valid_format_rate"] < 0.8,
+        recent["success"] < best - 0.2,
+    )
+    return [name for name, holds in zip(ALARMS, is_so, strict=True) if holds]

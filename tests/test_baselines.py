@@ -4,6 +4,7 @@ Also the flat prompt's parser, penalties, warnings of a collapse, and benchmarks
 """
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -31,7 +32,7 @@ from hiper import DECISIONS, Masks, PolicyOutput, hiper_advantages
 from rollout import AgentState, collect
 from support.batch import make_batch
 from support.cloning import demonstrations
-from support.metrics import collapse_warning
+from support.metrics import ALARMS, collapse_warning
 from worlds import household
 
 B, T = 12, 5
@@ -518,6 +519,23 @@ def test_a_warning_names_a_collapse_once_when_it_begins():
     assert collapse_warning(log_lines([0.5] * 5, 0.0), True) is None  # it has been said
     assert "every turn" in collapse_warning(log_lines([0.5] * 4, 0.99), True)
     assert "malformed" in collapse_warning(log_lines([0.5] * 4, valid=0.5), False)
+
+
+def test_each_warning_names_its_entry_of_the_faq():
+    """Headings become links as GitHub makes them: blanks to hyphens."""
+    faq = (Path(__file__).parent.parent / "docs" / "faq.md").read_text()
+    wrong = {
+        "hardly ever switches": log_lines([0.5] * 4, 0.0),
+        "switches at almost every turn": log_lines([0.5] * 4, 0.99),
+        "writes malformed responses": log_lines([0.5] * 4, valid=0.5),
+        "has lost 20 points of success": log_lines([0.8] * 6 + [0.5] * 3),
+    }
+    assert set(wrong) == set(ALARMS)
+    for name, lines in wrong.items():
+        said = collapse_warning(lines, True)
+        assert f"the agent {name}, " in said
+        assert said.endswith(f"(docs/faq.md#{name.replace(' ', '-')})")
+        assert f"\n### {name}\n" in faq
 
 
 def test_an_agent_without_switches_cannot_lose_them():

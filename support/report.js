@@ -60,7 +60,7 @@ function ticks(low, high) {
 }
 function draw(chart, parent, wide) {
   const figure = el("figure", "", null, parent), caption = el("figcaption", "num", null, figure);
-  el("b", "", chart.title, caption);
+  el("b", "", chart.title.replaceAll("_", "_\u200b"), caption);  // where a long name may break
   const read = el("span", "muted", "", caption);
   const W = Math.max(280, (figure.clientWidth || 360) - 30), H = wide ? 300 : 170, left = 42, right = 8, top = 12, bottom = 22;
   const art = svg("svg", {viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": chart.title}, figure);
@@ -76,7 +76,8 @@ function draw(chart, parent, wide) {
   const inset = 12, X = x => left + inset + x / xHigh * (W - left - right - 2 * inset), Y = y => H - bottom - (Math.max(low, Math.min(high, y)) - low) / (high - low) * (H - top - bottom);
   const warmup = Math.max(...data.runs.map(run => run.warmup || 0));
   if (warmup > 0) {
-    const band = svg("rect", {x: X(0), width: Math.max(2, X(Math.min(warmup, xHigh)) - X(0)), y: top, height: H - top - bottom, fill: "var(--muted)", "fill-opacity": .14}, art);
+    const from = Math.max(left, X(-.5)), to = Math.min(W - right, X(warmup - .5));
+    const band = svg("rect", {x: from, width: to - from, y: top, height: H - top - bottom, fill: "var(--muted)", "fill-opacity": .14}, art);
     svg("title", {}, band, "the critic only is trained");
   }
   for (const y of ticks(low, high)) {

@@ -9,6 +9,7 @@ import json
 from config import Config, ConfigError
 from support.metrics import rate_interval
 from support.pages import write_page
+from support.plots import plot_report
 
 SAME = {"seed", "out"}  # settings in which the runs of a group may differ
 CURVES = [  # section, [(title, path in a line of metrics.jsonl, unit)]
@@ -49,7 +50,7 @@ CURVES = [  # section, [(title, path in a line of metrics.jsonl, unit)]
 
 
 def write_report(folders, path=None):
-    """Write the report of these runs and say where -> its path.
+    """Write the report of these runs, its charts also as PNGs beside it, and say where -> its path.
 
     path: None for report.html in the first folder.
 
@@ -57,8 +58,11 @@ def write_report(folders, path=None):
     """
     runs = [read_run(folder) for folder in folders]
     path = path or folders[0] / "report.html"
-    write_page(path, "report.html", report_data(runs))
-    print(f"report of {len(runs)} runs in {path}")
+    data = report_data(runs)
+    write_page(path, "report.html", data)
+    pictures = plot_report(data, path)
+    what = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
+    print(f"report of {what} in {path}" + "".join(f"\n  {picture}" for picture in pictures))
     return path
 
 

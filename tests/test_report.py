@@ -2,18 +2,20 @@
 
 import json
 import re
+import sys
 
 import pytest
 
 import eval as evaluation
 from browser import dump_dom
 from script_tools import assert_user_error
+from support import plots
 from support.report import differing_settings, read_run, report_data, write_report
 
 HOSTILE = "</script><img src=x onerror=\"document.title='ran'\">"
 
 
-def write_run(folder, successes, kind="simple", **settings):
+def write_run(folder, successes, kind="simple", split="unseen", **settings):
     """The log of a run with these training successes."""
     folder.mkdir()
     config = {"method": "hiper", "critic_warmup": 1, "seed": 0, "out": str(folder), **settings}
@@ -29,7 +31,7 @@ def write_run(folder, successes, kind="simple", **settings):
         for n, success in enumerate(successes)
     ]
     result = {
-        "split": "unseen",
+        "split": split,
         "episodes": 10,
         "temperature": 0.4,
         "success": 0.5,
@@ -102,8 +104,8 @@ def test_the_charts_are_the_logs(folders):
 
 
 def test_the_page_is_drawn_and_nothing_in_it_runs(tmp_path):
-    one = write_run(tmp_path / "a", [0.2, 0.4], kind=HOSTILE)
-    two = write_run(tmp_path / "b", [0.4, 0.6], kind=HOSTILE, env=HOSTILE)
+    one = write_run(tmp_path / "a", [0.2, 0.4], kind=HOSTILE, split=HOSTILE, method=HOSTILE)
+    two = write_run(tmp_path / "b<img src=x>", [0.4, 0.6], kind=HOSTILE, env=HOSTILE)
     path = write_report([one, two])
     assert path == one / "report.html"
     page = path.read_text(encoding="utf-8")
@@ -113,7 +115,7 @@ def test_the_page_is_drawn_and_nothing_in_it_runs(tmp_path):
     dom = dump_dom(path.as_uri(), tmp_path)
     assert "<title>Run report</title>" in dom
     assert "<img" not in dom
-    assert dom.count("&lt;img") >= 3  # group, setting and chart
+    assert dom.count("&lt;img") >= 6  # group, run, method, split, setting and chart
     assert dom.count("<polyline") >= 10
     assert dom.count("<circle") == 8  # two evaluations of two runs, in total and of the family
 
@@ -133,3 +135,60 @@ def test_reports_are_refused_in_one_sentence(folders, tmp_path, capfd, monkeypat
     (tmp_path / "empty").mkdir()
     words = ["--report", *words.split()]
     assert said in assert_user_error(evaluation.main, words, tmp_path, capfd)
+
+
+# ---- pictures ----------------------------------------------------------------------------------
+
+
+def test_the_pictures_show_what_the_page_shows(folders, monkeypatch):
+    """One PNG per section beside the page; group curves are the mean of the group's runs."""
+    data = report_data([read_run(folder) for folder in folders])
+    page = folders[0] / "page.html"
+    paths = plots.plot_report(data, page)
+    assert [path.name for path in paths] == [
+        f"page-{name}.png"
+        for name in (
+            *("success", "success-per-task-family", "plan"),
+            *("critic-explained-variance", "policy", "time"),
+        )
+    ]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths)
+    lines = charts(data)["Success"]["lines"]
+    assert plots.group_curve(lines[:2]) == [(0, [0.2, 0.4]), (1, [0.4, 0.6])]
+    assert plots.group_curve(lines) == [(0, [0.2, 0.4, 0.1])]  # the last run is shorter
+    assert plots.group_curve([[[0, None], [1, 0.5]]]) == [(1, [0.5])]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert plots.plot_report(data, page) == []
+
+
+def test_names_are_no_formulas(tmp_path):
+    """A `$` in a name begins a formula in matplotlib, and a broken one stops the picture."""
+    kind = "$\\frac{ $x$ \x1b[31m"
+    folder = write_run(tmp_path / "_$run$ \\frac{", [0.2], kind=kind, env=kind)
+    data = report_data([read_run(folder)])
+    assert len(plots.plot_report(data, tmp_path / "page.html")) == 6
+    log = {name: read_run(folder)[name] for name in ("lines", "evals")}
+    for line in log["lines"]:
+        line.update(episode_length=3.0, switches_per_episode=1.0)
+    plots.plot_curves(folder, log)
+    assert (folder / "curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_curve_marks_the_warmup_and_names_what_it_draws(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "a", [0.2, 0.4], env="household")
+    log = {name: read_run(folder)[name] for name in ("lines", "evals")}
+    for line in log["lines"]:
+        line.update(episode_length=3.0, switches_per_episode=1.0)
+    shown = []
+    monkeypatch.setattr("matplotlib.pyplot.close", shown.append)
+    plots.plot_curves(folder, log)
+    [figure] = shown
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert {"50.0", " turns 3.0", " switches 1.0"} <= set(texts)
+    assert any("critic warm-up" in text for text in texts)
+    assert figure.get_suptitle() == "hiper in household, seed 0"
+    band = figure.axes[0].patches[0].get_extents().transformed(figure.axes[0].transData.inverted())
+    assert (band.x0, band.x1) == pytest.approx((-0.5, 0.5))  # iteration 0
+    names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert names[0] == "training episodes, temperature 1"
+    assert names[1] == "unseen: 10 tasks, temperature 0.4, with 95 % interval"

@@ -8,6 +8,12 @@ const lines = numbers => numbers.map(n => data.texts[n]).join("\n");
 const sum = numbers => numbers.reduce((a, b) => a + b, 0);
 const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
 
+// The turn after which the planner's value falls most: where an episode was probably lost.
+function largestFall(turns) {
+  const falls = turns.slice(1).map((t, i) => (turns[i].values || [])[0] - (t.values || [])[0]);
+  const size = Math.max(...falls);
+  return size > 0 ? {turn: falls.indexOf(size), size} : null;
+}
 for (const e of data.episodes) {
   e.total = sum(e.turns.map(t => t.reward));
   e.segments = [];
@@ -19,6 +25,7 @@ for (const e of data.episodes) {
   });
   const rated = e.segments.filter(s => typeof s.advantage === "number");
   e.worst = rated.length > 1 ? rated.reduce((a, b) => b.advantage < a.advantage ? b : a) : null;
+  e.fall = largestFall(e.turns);
   e.errors = e.turns.filter(t => t.error).length;
   e.words = [e.task, ...e.turns.map(t => t.subgoal + "\n" + t.action)].join("\n").toLowerCase();
 }
@@ -49,6 +56,8 @@ function fillList() {
   if (sort) shown.sort((a, b) => KEYS[sort](data.episodes[a]) - KEYS[sort](data.episodes[b]) || a - b);
   const won = shown.filter(n => data.episodes[n].success).length;
   byId("count").textContent = `${plural(shown.length, "episode")}, ${won} won`;
+  byId("lost").textContent = `${shown.length - won} lost →`;
+  byId("lost").hidden = won === shown.length;
   byId("list").replaceChildren(...shown.map(n => {
     const e = data.episodes[n];
     const item = el("button", `item ${e.success ? "won" : "lost"}`);
@@ -183,14 +192,17 @@ function showEpisode() {
   el("p", "muted num", [`#${current}`, e.success ? "won" : e.truncated ? "lost: out of turns" : "lost", e.type, `task ${e.index}`,
     `return ${plain(e.total)}`, ...(e.score !== Number(e.success) ? [`score ${plain(e.score)}`] : []), plural(e.turns.length, "turn"),
     plural(e.segments.length, "segment"), ...(e.errors ? [plural(e.errors, "format error")] : [])].join(" · "), root);
-  if (e.worst) {
-    const worst = el("button", "worst", "Lowest subgoal advantage: ", root);
-    el("b", "", e.worst.subgoal || "(no subgoal)", worst);
-    worst.append(` (turn ${e.worst.from}, `);
-    el("span", "num " + (e.worst.advantage < 0 ? "minus" : "plus"), signed(e.worst.advantage), worst);
-    worst.append(")");
-    worst.onclick = () => go(current, e.worst.from, true);
-  }
+  const pointers = el("p", "pointers", null, root);
+  const pointer = (title, name, turn, value) => {
+    const button = el("button", "", `${title}: `, pointers);
+    el("b", "", name, button);
+    button.append(` (turn ${turn}, `);
+    el("span", "num " + (value < 0 ? "minus" : "plus"), signed(value), button);
+    button.append(")");
+    button.onclick = () => go(current, turn, true);
+  };
+  if (e.worst) pointer("Lowest subgoal advantage", e.worst.subgoal || "(no subgoal)", e.worst.from, e.worst.advantage);
+  if (e.fall) pointer(`Largest fall of ${hiper ? "V_high" : "V"}`, e.turns[e.fall.turn].action || "(no action)", e.fall.turn, -e.fall.size);
   strip(e, root);
   el("p", "key small", null, root).id = "legend";
   byId("legend").style.margin = "0 0 .8rem";
@@ -214,7 +226,11 @@ function showTurn(t, i, parent) {
   if (t.drift && !t.start) el("span", "minus", "writes another subgoal than it carries", head);
   el("p", "text seen", lines(t.observation), block);
   const said = el("p", "text said", null, block);
-  t.tokens.forEach((token, k) => paint(el("span", "", data.tokens[token], said), t, k));
+  t.tokens.forEach((token, k) => {
+    const span = el("span", "", data.tokens[token], said);
+    if (k && t.kinds[k] !== t.kinds[k - 1]) span.style.marginLeft = "4px";  // a gap between decisions
+    paint(span, t, k);
+  });
   if (t.error) el("p", "error", `Format error: ${t.error}`, block);
   const list = el("dl", "num", null, block);
   for (const [name, value] of facts(t)) {
@@ -269,6 +285,11 @@ byId("tint").onchange = () => {
     [...said.children].forEach((span, k) => paint(span, data.episodes[current].turns[i], k));
   });
   legend();
+};
+byId("lost").onclick = () => {
+  byId("result").value = "lost";
+  fillList();
+  go(shown[0], 0, true);
 };
 byId("back").onclick = () => { document.body.classList.remove("one"); history.pushState(null, "", "#"); };
 document.title = data.title;

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import torch
 from accelerate.utils import gather_object
+from torch.distributed import checkpoint
 
 import envs
 import hiper
@@ -23,6 +24,7 @@ from support.scoring import compute_logprobs_and_values, micro_batches, score
 from support.tokens import response_text, token_bytes
 
 IN_TRAINING = 64  # episodes of an iteration that training writes
+SHARDS = "pytorch_model_fsdp_0"  # Accelerate's folder in a checkpoint of FSDP2
 LETTERS = {"switch": "s", "subgoal": "o", "action": "a"}  # a token's decision; "." for none
 
 
@@ -86,25 +88,40 @@ def load_policy_with_critic(actor, config, out):
     out: the run's folder, or None. Without a critic that can be read the value heads are None.
     """
     note = "Probabilities are the policy's own, at temperature 1."
-    weights = out / "checkpoint" / "pytorch_model.bin" if out else None
+    folder = out / "checkpoint" if out else None
     if not config.has_critic:
         missing = f"{config.method} has no critic"
     elif out is None:
         missing = "no critic: the model is not trained"
-    elif not weights.is_file():
-        missing = f"no critic: {out} has no checkpoint of one process"
+    elif not folder.is_dir():
+        missing = f"no critic: {out} has no checkpoint"
     else:
         policy = hiper.ActorCritic(actor, config.critic)
         try:
-            state = torch.load(weights, weights_only=True, map_location="cpu")
-            critic = {name: w for name, w in state.items() if not name.startswith("actor.")}
-            missing, unknown = policy.load_state_dict(critic, strict=False)  # the actor is there
-            if unknown or any(not name.startswith("actor.") for name in missing):
-                raise KeyError(f"not this policy's critic: {missing} {unknown}")
-        except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
-            raise ConfigError(f"{weights} is damaged: evaluate {out}/best instead") from None
+            load_critic(policy, folder)
+        except (
+            *(RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError),
+            checkpoint.CheckpointException,
+        ):
+            raise ConfigError(f"{folder} is damaged: evaluate {out}/best instead") from None
         return policy.to(actor.device), note
     return hiper.ActorCritic(actor, "none"), f"{note} No values or advantages, {missing}."
+
+
+def load_critic(policy, folder):
+    """Load all but the actor from a checkpoint, in place: one file, or the shards of FSDP2.
+
+    KeyError where the checkpoint is another policy's.
+    """
+    critic = {n: w for n, w in policy.state_dict().items() if not n.startswith("actor.")}
+    if (folder / SHARDS).is_dir():
+        checkpoint.load({"model": critic}, checkpoint_id=folder / SHARDS, no_dist=True)
+        return  # into the tensors that the policy holds
+    state = torch.load(folder / "pytorch_model.bin", weights_only=True, map_location="cpu")
+    found = {name for name in state if not name.startswith("actor.")}
+    if found != set(critic):
+        raise KeyError(f"not this policy's critic: {found ^ set(critic)}")
+    policy.load_state_dict({name: state[name] for name in critic}, strict=False)
 
 
 # ---- episodes as plain numbers -----------------------------------------------------------------

@@ -13,9 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from transformers import AutoModelForCausalLM
 
 import eval as evaluation
 import train
+from conftest import tiny_config
 from distributed_worker import play
 from script_tools import (
     ROOT,
@@ -30,6 +32,7 @@ from script_tools import (
 from support import cloning, distributed
 from support.generation import generate
 from support.loading import make_optimizer
+from support.viewer import load_policy_with_critic
 from update_tools import assert_close, make_episodes, same, steady
 
 # One iteration in each of these ways. `backbone` is ActorCritic's critic.
@@ -186,6 +189,12 @@ def test_a_sharded_checkpoint_is_the_same_to_the_last_bit(fsdp):
         assert not same(got["start"], got["saved"])
         assert not same(got["saved"], got["ended"])
     saved = fsdp.ranks[0]["checkpoint"]["saved"]
+    config = tiny_config(critic="separate")
+    actor = AutoModelForCausalLM.from_pretrained(fsdp.folder / "saved" / "actor")
+    shown, _ = load_policy_with_critic(actor, config, fsdp.folder / "saved")
+    critic = {name: w for name, w in shown.state_dict().items() if not name.startswith("actor.")}
+    assert "value_heads.weight" in critic
+    assert all(torch.equal(w, saved[name]) for name, w in critic.items())
     for folder in ("actor", "best"):
         actor = actor_of(fsdp.folder / "saved", folder)
         whole = {name.removeprefix("actor."): w for name, w in saved.items() if "actor." in name}

@@ -210,6 +210,13 @@ def test_keys_filters_and_colours(tiny_policy, tiny_tokenizer, episodes, tmp_pat
       choose("tint", how);
       said.push(before !== colours());
     }
+    choose("search", "");
+    choose("result", "");
+    byId("lost").click();
+    said.push(document.querySelectorAll(".item").length, location.hash.slice(1));
+    const buttons = [...document.querySelectorAll(".pointers button")];
+    buttons.find(button => button.textContent.startsWith("Largest fall of V_high")).click();
+    said.push(location.hash.slice(1));
     document.title = JSON.stringify(said);
     """
     page = re.sub("<meta http-equiv[^>]*>", "", path.read_text(encoding="utf-8"))
@@ -217,9 +224,13 @@ def test_keys_filters_and_colours(tiny_policy, tiny_tokenizer, episodes, tmp_pat
     path.write_text(page, encoding="utf-8")
     dom = dump_dom(f"{path.as_uri()}#episode=2&turn=3", tmp_path)
     said = json.loads(re.search("<title>(.*?)</title>", dom)[1].replace("&amp;", "&"))
+    values = [turn["values"][0] for turn in data["episodes"][0]["turns"]]
+    falls = [before - after for before, after in zip(values, values[1:], strict=False)]
+    assert max(falls) > 0
     assert said == [
         *("episode=2&turn=4", "episode=2&turn=5", "episode=2&turn=4", "episode=1&turn=0"),
         *(2, 1, True, True),
+        *(2, "episode=0&turn=0", f"episode=0&turn={falls.index(max(falls))}"),
     ]
 
 
@@ -274,6 +285,27 @@ def test_a_damaged_critic_is_said_in_one_sentence(tiny_actor, tmp_path):
     )
     with pytest.raises(ConfigError, match="damaged"):  # a part is missing
         load_policy_with_critic(tiny_actor, plain_config(), tmp_path)
+
+
+def test_the_critic_of_a_sharded_run_is_read(tiny_policy, tiny_actor, tmp_path):
+    """FSDP2's checkpoint is a folder of torch.distributed.checkpoint; the actor in it is left."""
+    shards = tmp_path / "checkpoint" / "pytorch_model_fsdp_0"
+    state = tiny_policy.state_dict()
+    other = {name: w + 1 if name.startswith("actor.") else w for name, w in state.items()}
+    torch.distributed.checkpoint.save({"model": other}, checkpoint_id=shards, no_dist=True)
+    before = {name: w.clone() for name, w in tiny_actor.state_dict().items()}
+    policy, note = load_policy_with_critic(tiny_actor, plain_config(critic="separate"), tmp_path)
+    assert "no critic" not in note
+    loaded = policy.state_dict()
+    assert loaded.keys() == state.keys()
+    assert sum(not name.startswith("actor.") for name in state) > 1
+    for name, weight in state.items():
+        if not name.startswith("actor."):
+            assert torch.equal(loaded[name], weight), name
+    assert all(torch.equal(w, before[name]) for name, w in tiny_actor.state_dict().items())
+    (shards / ".metadata").write_bytes(b"junk")
+    with pytest.raises(ConfigError, match="damaged"):
+        load_policy_with_critic(tiny_actor, plain_config(critic="separate"), tmp_path)
 
 
 def test_the_example_agent_opens_with_its_critic(tmp_path):

@@ -22,6 +22,7 @@ from support.arguments import read_eval_arguments
 from support.distributed import make_accelerator
 from support.loading import choose_tasks, load_actor, load_evaluated, load_tokenizer
 from support.metrics import show_evaluation, summarize, write_evaluation
+from support.terminal import Playing
 
 
 def evaluate(
@@ -38,10 +39,11 @@ def evaluate(
 ):
     """Play `tasks` once, shared among the processes -> summary, with split and temperature.
 
-    The random state of training is left alone. roles: planner and executor of `collect`.
+    The random state of training is left alone. roles: planner, executor, progress of `collect`.
     """
     mine = tasks[accelerator.process_index :: accelerator.num_processes]
     seed = config.seed if seed is None else seed
+    roles["progress"] = Playing(accelerator, mine, split, roles.get("progress"))
     with (
         torch.random.fork_rng(devices=range(torch.cuda.device_count())),
         envs.EnvPool(config.env, split, **envs.world_options(config)) as pool,

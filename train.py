@@ -23,7 +23,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read as torch loads: idle
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
-from tqdm import tqdm
 
 import envs
 import hiper
@@ -31,8 +30,8 @@ from baselines import baseline_advantages
 from config import Config, ConfigError
 from eval import choose_tasks, evaluate, fail
 from rollout import collect, make_batch
-from support import checkpoint, viewer
-from support.arguments import read_config
+from support import checkpoint, terminal, tracking, viewer
+from support.arguments import read_train_arguments
 from support.check_config import check
 from support.distributed import (
     finish,
@@ -46,14 +45,7 @@ from support.distributed import (
 )
 from support.files import disk_errors
 from support.loading import check_world_and_model, describe_run, load_policy, make_optimizer
-from support.metrics import (
-    collapse_warning,
-    format_episode,
-    format_iteration,
-    format_table,
-    summarize,
-    timed,
-)
+from support.metrics import format_table, summarize, timed
 from support.ppo import draw_minibatches, explained_variances, update
 from support.scoring import score
 from support.stopping import Stopped, Stopping, leave
@@ -89,7 +81,8 @@ def train_iteration(run, iteration):
     # 1. Collect episodes with the current policy.
     with timed("rollout", seconds), accelerator.autocast(), whole_weights(run.model):
         tasks = draw_tasks(run, iteration)
-        episodes = collect(run.model.actor, run.tokenizer, run.pool, tasks, config)
+        bar = terminal.Playing(accelerator, tasks, "playing")
+        episodes = collect(run.model.actor, run.tokenizer, run.pool, tasks, config, progress=bar)
 
     # 2. Score them: log-probabilities and values of the old policy, log-probs of the reference.
     with timed("score", seconds), accelerator.autocast():
@@ -174,6 +167,7 @@ def train(config, accelerator, out):
         run = make_run(config, out, pool, accelerator)
         say(accelerator, describe_run(run, out))
         first, log = checkpoint.load_checkpoint(out, run)
+        tracking.start(accelerator, config, first)
         if first == 0:
             evaluate_run(run, log, 0)
         train_iterations(run, out, first, log, stopping)
@@ -195,28 +189,12 @@ def train(config, accelerator, out):
 def train_iterations(run, out, first, log, stopping):
     """Iterations `first` to the last, with their log lines, warnings and checkpoints."""
     config, accelerator = run.config, run.accelerator
-    bar = tqdm(
-        range(first, config.iterations),
-        initial=first,
-        total=config.iterations,
-        desc=config.method,
-        unit="it",
-        disable=None if accelerator.is_main_process else True,  # None: where there is no terminal
-    )
-    for iteration in stopping.whole(bar):
+    bar = terminal.training_bar(first, config, accelerator)
+    for iteration in stopping.whole(range(first, config.iterations)):
         metrics, episodes, old, advantages = train_iteration(run, iteration)
         log["lines"].append(metrics)
-        shown = format_iteration(metrics)
-        bar.set_postfix_str(shown)
-        if bar.disable:
-            say(accelerator, f"iteration {iteration + 1}/{config.iterations}: {shown}")
-        hierarchical = config.method == "hiper" and config.segments == "learned"
-        warning = collapse_warning(log["lines"], hierarchical)
-        if warning:
-            say(accelerator, f"warning: {warning}")
-        if iteration % config.save_every == 0:
-            first_row = {name: values[0] for name, values in advantages.raw.items()}
-            say(accelerator, format_episode(episodes[0], first_row))
+        terminal.tell_iteration(bar, run, log["lines"], episodes, advantages)
+        tracking.log_iteration(run, metrics, episodes, advantages)
         if accelerator.is_main_process:
             checkpoint.write_log(out, log)
         done = iteration + 1
@@ -236,6 +214,7 @@ def evaluate_run(run, log, iteration):
     with accelerator.autocast(), whole_weights(run.model):
         result = evaluate(run.model.actor, run.tokenizer, accelerator, config, split, tasks)
     log["evals"].append({"iteration": iteration, **result})
+    tracking.log_evaluation(accelerator, result, iteration)
     say(
         accelerator,
         f"{split}, {len(tasks)} tasks, temperature {result['temperature']}, "
@@ -244,16 +223,15 @@ def evaluate_run(run, log, iteration):
 
 
 def main(argv=None):
-    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        config = read_config([word for word in words if word != "--plan"])
-        if "--plan" in words:
+        config, plan, tracker = read_train_arguments(argv)
+        if plan:
             from support import memory_plan
 
             return memory_plan.show(config)
         check(config)
         check_world_and_model(config)
-        accelerator = make_accelerator()
+        accelerator = make_accelerator(tracker, config.out)
         if config.episodes // config.group_size < accelerator.num_processes:
             raise ConfigError(
                 f"--episodes {config.episodes} in groups of {config.group_size} leave some of "

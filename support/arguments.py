@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from config import EVAL_TEMPERATURE, FIELDS, Config, ConfigError
+from support.tracking import TRACKERS, check_tracker
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 GROUPS = {  # first field of a group -> its title in --help
@@ -36,6 +37,8 @@ def read_config(argv):
         hint = suggest(unknown[0].lstrip("-"), FIELDS)
         raise ConfigError(f"there is no flag {unknown[0]!r}{hint}")
     flags = vars(known)
+    for name in flags.keys() - FIELDS.keys():
+        raise ConfigError(f"--{name} is no setting: it goes with train.py alone")
     given = {**(_read_file(path) if path else {}), **flags}
     env = given.get("env", Config.env)
     layers = []
@@ -53,6 +56,27 @@ def read_config(argv):
     for name in ("out", "model"):
         values[name] = os.path.expanduser(values.get(name, ""))
     return Config(**values)
+
+
+def read_train_arguments(argv):
+    """The words of train.py's command line (None: sys.argv's).
+
+    -> (Config, whether only the memory plan is asked for, the tracker's name or None)
+    """
+    parser = _Parser(prog="train.py", add_help=False, allow_abbrev=False)
+    _add_run_flags(parser)
+    args, settings = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    config = read_config(settings)
+    if args.track:
+        check_tracker(args.track)
+    return config, args.plan, args.track
+
+
+def _add_run_flags(parser):
+    """What one may ask of a run beside its settings. Nothing of it changes what is learnt."""
+    parser.add_argument("--plan", action="store_true", help="print the memory plan and stop")
+    text = "also log to a tracker: " + " or ".join(TRACKERS)
+    parser.add_argument("--track", choices=tuple(TRACKERS), metavar="NAME", help=text)
 
 
 def read_settings(path):
@@ -148,7 +172,7 @@ def _parser():
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--plan", action="store_true", help="print the memory plan and stop")
+    _add_run_flags(parser)
     group = parser
     for name, entry in FIELDS.items():
         if name in GROUPS:

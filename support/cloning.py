@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, pre_tokenizers
-from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 import envs
@@ -22,9 +21,11 @@ import hiper
 from config import SUCCESS_REWARD
 from rollout import AgentState
 from support.batch import make_samples
+from support.distributed import say
 from support.generation import tokenize_prompts, tokenize_texts
 from support.ppo import set_checkpointing
 from support.scoring import micro_batches
+from support.terminal import make_bar
 from support.tokens import token_bytes
 
 BETAS = (0.9, 0.95)  # 0.999 averages squared gradients over 1,000 of the 1,600 steps
@@ -67,7 +68,8 @@ def clone_expert(config, out, pool, accelerator, pretrained=None):
     policy = hiper.ActorCritic(model, "shared").to(accelerator.device)
     recipe = PRETRAINED if pretrained else FROM_SCRATCH
     set_checkpointing(policy, True)
-    clone(policy, tokenizer, examples, config, recipe, accelerator.autocast)
+    loss = clone(policy, tokenizer, examples, config, recipe, accelerator.autocast)
+    say(accelerator, f"cloned the expert: {len(examples)} turns, loss {loss:.3f} nats per token")
     set_checkpointing(policy, False)
     temporary = out / "start.tmp"
     policy.actor.save_pretrained(temporary)
@@ -285,7 +287,8 @@ def clone(policy, tokenizer, examples, config, recipe=FROM_SCRATCH, autocast=nul
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, ramp)
     lengths = samples.total_lengths()
     losses = []
-    for rows in tqdm(steps, "cloning the expert", unit="step", disable=None):
+    bar = make_bar(len(steps), "cloning")
+    for rows in steps:
         spoken = samples.lengths[rows].sum()
         optimizer.zero_grad()
         total = 0.0
@@ -301,6 +304,14 @@ def clone(policy, tokenizer, examples, config, recipe=FROM_SCRATCH, autocast=nul
         optimizer.step()
         schedule.step()
         losses.append(total)
+        if len(losses) % 20 == 0:
+            bar.set_postfix_str(f"loss {_recent(losses):.3f} nats per token", refresh=False)
+        bar.update()
+    bar.close()
+    return _recent(losses)
+
+
+def _recent(losses):
     return float(torch.stack(losses[-20:]).mean())
 
 

@@ -28,8 +28,10 @@ from hae import normalize
 os.environ.setdefault("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
 
 
-def make_accelerator():
+def make_accelerator(tracker=None, out=None):
     """bfloat16 autocast on GPUs, float32 on the CPU (also with ACCELERATE_USE_CPU=true).
+
+    tracker: what `--track` names; out: the run's folder, where it writes.
 
     Hugging Face's warnings and loading bars are turned off here, for training and evaluation.
     """
@@ -44,6 +46,8 @@ def make_accelerator():
         cpu=cpu or not torch.cuda.is_available(),
         mixed_precision="bf16" if half else "no",
         kwargs_handlers=[waits],
+        log_with=tracker,
+        project_dir=out,
     )
 
 

@@ -85,6 +85,8 @@ def leave(stopped, accelerator):
     """Say how the run goes on, and end the process with the signal's exit code."""
     if accelerator.is_main_process:
         print(stopped, file=sys.stderr)
+    for tracker in accelerator.trackers:
+        tracker.finish()
     if accelerator.num_processes == 1:
         sys.exit(stopped.code)
     sys.stdout.flush()

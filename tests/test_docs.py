@@ -10,7 +10,7 @@ import pytest
 import envs
 from config import FIELDS
 from support import cloning, world_check
-from support.arguments import read_config
+from support.arguments import read_config, read_train_arguments
 from support.check_config import check
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +22,7 @@ OTHER_FLAGS = {  # of eval.py, benchmarks, accelerate and pip
     *("split", "greedy", "json", "temperature", "planner", "executor", "run", "quick", "mixed"),
     *("plan", "help", "measured", "config_file", "num_processes", "multi_gpu", "machine_rank"),
     *("main_process_ip", "use_fsdp", "fsdp_version", "cpu", "no", "nproc_per_node"),
-    *("html", "report"),
+    *("html", "report", "track", "task", "tiny"),
 }
 
 
@@ -95,8 +95,10 @@ def test_every_configuration_can_be_read_and_meant(path):
 
 
 @pytest.mark.parametrize("words", commands("train.py"), ids=" ".join)
-def test_every_training_command_can_be_read_and_meant(words):
-    check(read_config([word for word in words if word != "--plan"]))
+def test_every_training_command_can_be_read_and_meant(words, monkeypatch):
+    monkeypatch.setattr("support.arguments.check_tracker", lambda name: None)
+    config, *_ = read_train_arguments(words)
+    check(config)
 
 
 def test_a_world_brings_its_own_settings():

@@ -460,7 +460,7 @@ def test_an_optimizer_that_cannot_be_had_is_refused(
 
 def test_more_processes_than_groups_are_refused(monkeypatch, tmp_path, capsys):
     many = SimpleNamespace(num_processes=5)
-    monkeypatch.setattr(train, "make_accelerator", lambda: many)
+    monkeypatch.setattr(train, "make_accelerator", lambda *_: many)
     with pytest.raises(SystemExit) as exit:
         train.main(flags(tmp_path / "run"))
     assert exit.value.code == 2

@@ -4,8 +4,7 @@ A room holds three appliances (sink, microwave, fridge) and four storage places,
 closed. Objects lie in the storage places. The task comes from one of ALFWorld's six families. Only
 success within the step limit is rewarded. The agent can carry one object at a time.
 
-Differences from ALFWorld. They let a model of half a million parameters play from a prompt of about
-forty tokens:
+Differences from ALFWorld, so that a model of half a million parameters can play from forty tokens:
   1. The observation is one page. It gives the time of day (how much of the step limit is used),
      what is here, which places were not seen yet, and where the lamp and the task's objects were
      seen (`Recall mug 1 shelf 2`). Delivered objects are marked `done` and are not recalled.

@@ -228,7 +228,7 @@ function showTurn(t, i, parent) {
   const said = el("p", "text said", null, block);
   t.tokens.forEach((token, k) => {
     const span = el("span", "", data.tokens[token], said);
-    if (k && t.kinds[k] !== t.kinds[k - 1]) span.style.marginLeft = "4px";  // a gap between decisions
+    if (t.kinds[k] !== (t.kinds[k + 1] || t.kinds[k])) span.style.marginRight = "4px";  // between decisions
     paint(span, t, k);
   });
   if (t.error) el("p", "error", `Format error: ${t.error}`, block);

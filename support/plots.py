@@ -70,7 +70,7 @@ def plot_curves(out, log):
     if pyplot is None:
         return
     path = out / "config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
+    settings = json.loads(path.read_text()) if path.is_file() else {}
     lines = log["lines"]
     iterations = [line["iteration"] for line in lines]
     with pyplot.rc_context(STYLE):
@@ -96,10 +96,10 @@ def plot_curves(out, log):
                 )
         below.set(xlabel="iteration", ylim=(0, None), title="Per episode")
         below.margins(x=0.09)
-        _mark_warmup(above, config.get("critic_warmup"), label=True)
-        _mark_warmup(below, config.get("critic_warmup"), label=False)
-        about = [str(config[name]) for name in ("method", "env") if name in config]
-        about = " in ".join(about) + f", seed {config.get('seed', '?')}"
+        _mark_warmup(above, settings.get("critic_warmup"), label=True)
+        _mark_warmup(below, settings.get("critic_warmup"), label=False)
+        about = [str(settings[name]) for name in ("method", "env") if name in settings]
+        about = " in ".join(about) + f", seed {settings.get('seed', '?')}"
         figure.suptitle(_plain(about), x=0.02, ha="left", fontweight="bold")
         figure.savefig(out / "curve.png", dpi=120)
         pyplot.close(figure)

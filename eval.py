@@ -79,8 +79,8 @@ def main(argv=None):
                 seed=args.seed,
                 progress=played.append,
             )
-            if args.html:
-                viewer.write_evaluation(args, played, actor, config, tokenizer, accelerator)
+            if args.html or args.show:
+                viewer.show_evaluation(args, played, actor, config, tokenizer, accelerator)
     except (ConfigError, OSError, ValueError, RuntimeError) as error:
         sys.exit(fail(error))
     protocol = {

@@ -130,6 +130,7 @@ def read_eval_arguments(argv):
     add("--seed", type=int, help="default: the run's, as in training")
     add("--json", type=expanded_path, help="write the result to this file")
     add("--html", type=expanded_path, help="write the episodes to this page")
+    add("--show", type=int, default=0, metavar="N", help="print the first N episodes turn by turn")
     add("--report", type=Path, nargs="+", metavar="OUT", help="one page of these runs' curves")
     args, settings = parser.parse_known_args(argv)
     if args.report and settings:
@@ -149,6 +150,8 @@ def read_eval_arguments(argv):
             raise ConfigError(f"--{name}: {path} is no file that can be written")
     if args.episodes is not None and args.episodes < 1:
         raise ConfigError("--episodes must be 1 or more")
+    if args.show < 0:
+        raise ConfigError("--show must be 0 or more")
     if not (math.isfinite(args.temperature) and args.temperature >= 0):
         raise ConfigError(f"--temperature must be 0 or more, not {args.temperature}")
     if args.seed is not None and not 0 <= args.seed <= FIELDS["seed"].metadata["high"]:

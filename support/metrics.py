@@ -118,11 +118,14 @@ def format_episode(episode, advantages):
     for t, turn in enumerate(episode.turns):
         shown = {name: f"{name} {values[t]:+.2f}" for name, values in advantages.items()}
         planned = shown.pop("A_subgoal", "")
-        if turn.is_segment_start and planned:
-            lines.append(f"  -- {turn.subgoal or '(no subgoal)'}   {planned}")
+        if t == 0:
+            shown.pop("A_switch", None)  # nothing is decided there
+        if turn.is_segment_start and (planned or turn.subgoal):
+            lines.append(f"  -- {turn.subgoal or '(no subgoal)'}   {planned}".rstrip())
         error = f"   ! {turn.decision.error}" if turn.decision.error else ""
         lines.append(f"     {turn.observation}")
-        lines.append(f"     > {turn.decision.action}   {'  '.join(shown.values())}{error}")
+        said = f"     > {turn.decision.action}   {'  '.join(shown.values())}{error}"
+        lines.append(said.rstrip())
     return printable("\n".join(lines))
 
 

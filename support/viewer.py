@@ -1,6 +1,7 @@
 """The episode viewer: episodes with their segments, tokens, values and advantages as one HTML file.
 
 `python eval.py OUT --html FILE` and training (OUT/episodes.html) write it. viewer.html shows it.
+`python eval.py OUT --show N` prints episodes instead.
 
 B episodes, T turns, N turns in all, L response tokens.
 """
@@ -19,6 +20,7 @@ from baselines import baseline_advantages
 from config import ConfigError
 from hae import gae, normalize
 from support.batch import make_batch
+from support.metrics import format_episode
 from support.pages import write_page
 from support.scoring import compute_logprobs_and_values, micro_batches, score
 from support.tokens import response_text, token_bytes
@@ -46,18 +48,27 @@ def write_training(out, done, run, episodes, old, advantages):
     write_page(out / "episodes.html", "viewer.html", data)
 
 
-def write_evaluation(args, played, actor, config, tokenizer, accelerator):
-    """Score the episodes that eval.py played under the run's policy and write args.html.
+def show_evaluation(args, played, actor, config, tokenizer, accelerator):
+    """Score the episodes that eval.py played under the run's policy, print the first args.show of
+    them and write args.html.
 
-    played: this process's Episodes, in any order; the first process writes those of all.
+    played: this process's Episodes, in any order; the first process shows those of all.
     """
     episodes = sorted(gather_object(played), key=lambda episode: episode.index)
     if not accelerator.is_main_process:
         return
+    if not args.html:
+        episodes = episodes[: args.show]
     out = getattr(args, "out", None)  # None with --model
     policy, note = load_policy_with_critic(actor, config, out)
     old, advantages = score_episodes(policy, episodes, config, tokenizer)
     has_critic = advantages is not None
+    raw = advantages.raw if has_critic else {}
+    for b, episode in enumerate(episodes[: args.show]):
+        its_values = {name: values[b] for name, values in raw.items()}
+        print(format_episode(episode, its_values), end="\n\n")
+    if not args.html:
+        return
     data = page_data(episodes, old, advantages, config, tokenizer, has_critic=has_critic)
     split = args.split or envs.world(config.env).SPLITS[-1]
     data["title"] = f"{out or args.model}, {split}"

@@ -332,3 +332,26 @@ def test_evaluation_writes_its_episodes(trained, tmp_path):
     assert "no critic" in data["note"]
     assert all("p" in turn and "raw" not in turn for turn in data["episodes"][0]["turns"])
     assert "iteration 3" in shown_data(trained.out / "episodes.html")["title"]
+
+
+def test_evaluation_prints_its_episodes(trained, capsys):
+    """With a critic the advantages stand beside the actions; nothing is decided at turn 0."""
+    evaluation.main([str(EXAMPLE), "--episodes", "2", "--show", "1"])
+    first, table = capsys.readouterr().out.split("\n\n")
+    assert first.startswith("task ") and first.count("\ntask ") == 0
+    lines = first.splitlines()
+    assert "A_subgoal" in lines[1]
+    actions = [line for line in lines if line.startswith("     > ")]
+    assert ["A_switch" in line for line in actions] == [False] + [True] * (len(actions) - 1)
+    assert all("A_action" in line for line in actions)
+    assert table.startswith("protocol:")
+    evaluation.main([str(trained.out / "best"), "--episodes", "2", "--show", "9"])
+    said = capsys.readouterr().out
+    assert said.count("task ") == 2 and "A_" not in said
+
+
+def test_a_negative_number_of_episodes_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        evaluation.main([str(EXAMPLE), "--show", "-1"])
+    assert stopped.value.code == 2
+    assert "--show must be 0 or more" in capsys.readouterr().err

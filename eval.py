@@ -80,7 +80,7 @@ def main(argv=None):
                 progress=played.append,
             )
             if args.html or args.show:
-                viewer.show_evaluation(args, played, actor, config, tokenizer, accelerator)
+                viewer.show_episodes(args, played, actor, config, tokenizer, accelerator)
     except (ConfigError, OSError, ValueError, RuntimeError) as error:
         sys.exit(fail(error))
     protocol = {

@@ -48,7 +48,7 @@ def write_training(out, done, run, episodes, old, advantages):
     write_page(out / "episodes.html", "viewer.html", data)
 
 
-def show_evaluation(args, played, actor, config, tokenizer, accelerator):
+def show_episodes(args, played, actor, config, tokenizer, accelerator):
     """Score the episodes that eval.py played under the run's policy, print the first args.show of
     them and write args.html.
 

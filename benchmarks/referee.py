@@ -193,7 +193,12 @@ def reliability(halves):
 
 
 def relative_error(estimates, halves):
-    """Mean squared error over the truth's mean square, both without the noise of the truth."""
+    """Mean squared error over the truth's mean square, both without the noise of the truth.
+
+    NaN where the truth is nothing but noise.
+    """
+    if reliability(halves) <= 0:
+        return float("nan")
     truth = halves.mean(1)
     noise = (halves[:, 0] - halves[:, 1]).square().mean() / 4  # of the mean of two
     error = (estimates - truth).square().mean() - noise

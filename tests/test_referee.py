@@ -87,10 +87,12 @@ def test_correlation_is_corrected_for_the_noise_of_the_truth():
     assert low < value < high and high - low < 0.2
 
 
-def test_noise_alone_has_no_correlation():
+def test_noise_alone_has_no_correlation_and_no_error():
     torch.manual_seed(1)
     halves = torch.tensor([[1.0, -1.0], [-1.0, 1.0], [2.0, -2.0]])
     assert all(x != x for x in referee.compare(torch.rand(3), halves, torch.arange(3)))
+    error = referee.relative_error(torch.rand(3), halves)
+    assert error != error
 
 
 def test_the_error_is_without_the_noise_of_the_truth():

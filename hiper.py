@@ -234,7 +234,7 @@ def _estimate(batch, old, config, *, end_values, v_keep):
         targets = hae(**inputs, lam_low=0.0, lam_high=0.0)
     adv_switch = estimate.adv_switch
     if config.switch_advantage == "closed_form":  # the paper's
-        p_written = (old.logprobs * batch.samples.masks.switch).sum(1).exp()  # [N]
+        p_written = (old.logprobs * batch.samples.switch_word).sum(1).exp()  # [N] of the word
         p_switch = torch.where(batch.to_turns(batch.switch), p_written, 1 - p_written)
         v_keep = batch.to_grid(v_keep)
         adv_switch = switch_gain(batch.switch, batch.to_grid(p_switch), v_high, v_keep)

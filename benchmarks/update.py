@@ -134,6 +134,7 @@ def made_up_turns(count, prompt_range, response_range, vocab):
         responses=random_ids(lengths),
         lengths=lengths,
         masks=hiper.Masks(*(in_response & (decision == k) for k in range(3))),
+        switch_word=in_response & (decision == 0),
         subgoal_pos=2 * lengths // 3 - 1,
     )
     advantages = hiper.TokenAdvantages(

@@ -10,6 +10,7 @@ import torch
 import hiper
 from hiper import Masks
 from support.generation import tokenize_texts
+from support.protocol import switch_words
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Samples:
     responses: list  # N id lists
     lengths: torch.Tensor  # int [N] response tokens
     masks: Masks  # bool [N, L] each
+    switch_word: torch.Tensor  # bool [N, L], see support.protocol.switch_words
     subgoal_pos: torch.Tensor  # int [N] where V_low is read, see hiper.subgoal_positions
 
     def model_inputs(self, rows, device):
@@ -55,6 +57,7 @@ def make_samples(prompts, responses, tokenizer):
         responses=responses,
         lengths=lengths,
         masks=hiper.decision_masks(ids, lengths, tokenizer),
+        switch_word=switch_words(ids, lengths, tokenizer),
         subgoal_pos=hiper.subgoal_positions(ids, lengths, tokenizer),
     )
 

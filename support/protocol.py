@@ -12,6 +12,7 @@ import re
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from support.tokens import token_bytes
 
@@ -210,6 +211,22 @@ def subgoal_positions(ids, lengths, tokenizer):
     closing = [block.end() - 1 if block else 0 for block in blocks]
     closing = torch.tensor(closing, device=ids.device)[:, None]
     return (starts < closing).sum(1) - 1  # padding begins after all blocks
+
+
+def switch_words(ids, lengths, tokenizer):
+    """bool [N, L]: the tokens that hold a part of the word KEEP or SWITCH.
+
+    Their probability is pi(q). How the tags are written, and joined to what follows (`><`, `>\\n`),
+    is style: a model that is sure to switch may be unsure of that.
+    """
+    ids, lengths = torch.as_tensor(ids), torch.as_tensor(lengths)
+    starts, texts = _byte_offsets(ids, lengths, tokenizer)
+    blocks = [BLOCK["switch"].search(text) for text in texts]
+    words = torch.tensor([block.span(1) if block else (0, 0) for block in blocks])  # [N, 2]
+    first, past = words.to(ids.device).view(len(ids), 2, 1).unbind(1)  # [N, 1] each
+    in_response = torch.arange(ids.shape[1], device=ids.device) < lengths.to(ids.device)[:, None]
+    ends = pad(starts[:, 1:], (0, 1), value=2**31)  # [N, L]
+    return (first < ends) & (starts < past) & in_response
 
 
 def _byte_offsets(ids, lengths, tokenizer):

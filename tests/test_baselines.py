@@ -65,7 +65,11 @@ def random_batch(seed=0, tasks=3):
         group=torch.randint(tasks, (B,), generator=g),
         state=torch.randint(4, (B, T), generator=g) * mask,
         progress=torch.randint(4, (B, T), generator=g) / 4 * mask,
-        samples=SimpleNamespace(masks=masks, response_mask=lambda: everywhere),
+        samples=SimpleNamespace(
+            masks=masks,
+            switch_word=everywhere & (torch.arange(6) == 0),
+            response_mask=lambda: everywhere,
+        ),
         to_turns=to_turns,
         to_grid=to_grid,
     )
@@ -449,7 +453,7 @@ def test_the_closed_form_is_the_paper_s():
     n = len(x.episode_idx)
     old = random_output(n)
     v_keep = torch.randn(n, generator=torch.Generator().manual_seed(3))
-    p_written = old.logprobs[:, :2].sum(1).exp()  # of the word that was written
+    p_written = old.logprobs[:, 0].exp()  # of the word that was written, without its tags
     beta = x.to_grid(torch.where(x.to_turns(x.switch), p_written, 1 - p_written))
     want = switch_gain(x.switch, beta, x.to_grid(old.v_high), x.to_grid(v_keep))
     got = hiper_of(x, old, v_keep=v_keep, switch_advantage="closed_form")

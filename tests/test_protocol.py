@@ -33,7 +33,7 @@ from sample_texts import (
     soup,
 )
 from support.batch import append_keep_block, make_samples
-from support.protocol import format_flat_response
+from support.protocol import format_flat_response, switch_words
 from support.tokens import response_text, token_bytes
 
 
@@ -420,7 +420,7 @@ def test_padding_and_empty_rows_change_nothing(tok):
     assert all(mask.shape == (0, 5) for mask in none)
 
 
-@pytest.mark.parametrize("read", [decision_masks, subgoal_positions])
+@pytest.mark.parametrize("read", [decision_masks, subgoal_positions, switch_words])
 @pytest.mark.parametrize(
     "ids, lengths",
     [
@@ -461,6 +461,37 @@ def test_subgoal_positions_match_bytes_on_any_split(tok):
             found += 1
         assert got[n] == want, spread
     assert 200 < found < 450
+
+
+def test_switch_words_match_bytes_on_any_split(tok):
+    """The tokens with a byte between the tags of the first well-formed switch block."""
+    rng = random.Random(8)
+    rows = [[], *any_rows(tok, rng)]
+    got = switch_words(*padded(rows, rng), tok.tokenizer)
+    found = 0
+    for n, row in enumerate(rows):
+        pieces = [tok.pieces[i] for i in row]
+        spread = "".join(map(chr, b"".join(pieces)))
+        _, first, past, _ = oracle_blocks(spread).get("switch", (0, 0, 0, 0))
+        starts = byte_starts(pieces)
+        ends = [start + len(piece) for start, piece in zip(starts, pieces, strict=True)]
+        want = [first < end and s < past for s, end in zip(starts, ends, strict=True)]
+        assert got[n].tolist() == want + [False] * (got.shape[1] - len(row)), spread
+        found += any(want)
+    assert found > 200
+
+
+@pytest.mark.parametrize("separator", ("", "\n"))
+def test_a_switch_word_is_the_word_alone(separator):
+    """Whatever BPE makes of the tags around it."""
+    tokenizer = merging_tokenizer()
+    for switch, word in ((True, b"SWITCH"), (False, b"KEEP")):
+        text = format_plan("find a pan", switch).replace("><", f">{separator}<")
+        ids = tokenizer(text)["input_ids"]
+        [mask] = switch_words(torch.tensor([ids]), torch.tensor([len(ids)]), tokenizer)
+        table = token_bytes(tokenizer)
+        written = b"".join(table[i] for i, here in zip(ids, mask, strict=True) if here)
+        assert written.strip(b"></") == word
 
 
 @pytest.mark.parametrize("separator", SEPARATORS)

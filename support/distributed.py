@@ -119,9 +119,12 @@ def prepare_reference(reference, accelerator):
 
 
 def _mixed_precision(accelerator):
-    """Compute in bfloat16, reduce gradients in float32, leave the outputs as they are."""
+    """Compute in bfloat16, reduce gradients in float32, leave inputs and outputs as they are: with
+    cast inputs the residual stream, which both value functions are read from, would be bfloat16."""
     half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
-    return MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+    return MixedPrecisionPolicy(
+        param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
 
 
 def _first_pass(policy, accelerator):

@@ -164,6 +164,7 @@ def in_bfloat16(given, folder, kind):
 
     def spy(self, hidden):
         dtypes["heads"] = self.value_heads.weight.dtype
+        dtypes["residual stream"] = hidden.dtype
         values = compute(self, hidden)
         dtypes["values"] = values[0].dtype
         return values

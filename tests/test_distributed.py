@@ -150,6 +150,7 @@ def test_bfloat16(request, kind):
         got = answers["bfloat16"]
         assert got["dtypes"] == {
             "heads": torch.float32,
+            "residual stream": torch.float32,
             "values": torch.float32,
             "weights": torch.float32,
             "reference": torch.bfloat16,

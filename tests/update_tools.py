@@ -292,7 +292,7 @@ def iterate(
     explain = ppo.explained_variance
     draw = ppo.draw_minibatches
 
-    def collect(actor, tokenizer, pool, tasks, config):
+    def collect(actor, tokenizer, pool, tasks, config, progress=None):
         places = [task + n % config.group_size for n, task in enumerate(tasks)]
         return [replace(episodes[place % len(episodes)], index=place) for place in places]
 

@@ -87,6 +87,8 @@ def check_output_layer(actor, config):
     Log-probabilities are computed from the hidden states that the loss reads, so they would be
     wrong for such a model (Cohere, Granite, Gemma 2).
     """
+    if config.attention:  # flash attention wants a GPU, and this runs on the CPU
+        actor.set_attn_implementation("eager")
     ids = torch.tensor([[0, 1]])
     hidden = hiper.last_hidden_state(actor.base_model, ids)
     alone = hiper.last_hidden_state(actor.base_model, ids[:, :1])
@@ -100,6 +102,8 @@ def check_output_layer(actor, config):
             f"{config.model} changes its logits after the output layer (as Cohere, Granite and "
             "Gemma 2 do): such models are not supported"
         )
+    if config.attention:
+        actor.set_attn_implementation(config.attention)
 
 
 def load_tokenizer(path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 from transformers import (
+    AttentionInterface,
     BertConfig,
     BertForMaskedLM,
     BertLMHeadModel,
@@ -104,6 +105,19 @@ def test_a_model_that_reads_in_both_directions_is_refused(tiny_tokenizer):
     bert = BertLMHeadModel(BertConfig(vocab_size=64, **SMALL)).eval()
     with pytest.raises(ConfigError, match="reads in both directions"):
         check_output_layer(bert, tiny_config(model="bert"))
+
+
+def test_the_check_of_the_output_layer_does_not_need_a_gpu(tiny_actor):
+    """It runs on the CPU in float32, where flash attention does not."""
+
+    def needs_a_gpu(*_, **__):
+        raise RuntimeError("FlashAttention only supports fp16 and bf16 on a GPU")
+
+    AttentionInterface.register("needs_a_gpu", needs_a_gpu)
+    tiny_actor.set_attn_implementation("needs_a_gpu")
+    check_output_layer(tiny_actor, tiny_config(attention="needs_a_gpu"))
+    with pytest.raises(RuntimeError, match="on a GPU"):  # it is still the model's
+        tiny_actor(input_ids=torch.tensor([[0, 1]]))
 
 
 def test_weights_that_cannot_be_loaded_are_refused(tiny_actor, tmp_path):

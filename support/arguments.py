@@ -34,7 +34,7 @@ def read_config(argv):
     path = expanded_path(argv.pop(0)) if argv and not argv[0].startswith("-") else None
     known, unknown = _parser().parse_known_args(argv)
     if unknown:
-        hint = suggest(unknown[0].lstrip("-"), FIELDS)
+        hint = suggest(unknown[0].lstrip("-").lower(), [f"--{name}" for name in FIELDS])
         raise ConfigError(f"there is no flag {unknown[0]!r}{hint}")
     flags = vars(known)
     for name in flags.keys() - FIELDS.keys():
@@ -55,6 +55,8 @@ def read_config(argv):
     values = {name: _convert(name, value) for name, value in values.items()}
     for name in ("out", "model"):
         values[name] = os.path.expanduser(values.get(name, ""))
+        if values[name].startswith("~"):
+            raise ConfigError(f"--{name} {values[name]}: there is no such user")
     return Config(**values)
 
 
@@ -189,10 +191,11 @@ def _parser():
 
 def _read_file(path):
     try:
-        values = yaml.safe_load(path.read_text()) or {}  # JSON is YAML
+        values = yaml.safe_load(path.read_text())  # JSON is YAML
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"cannot read the configuration {path}: {reason}") from None
+    values = {} if values is None else values  # an empty file
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold lines of the form `field: value`")
     for name in values:
@@ -214,7 +217,7 @@ def _convert(name, value):
     try:
         if kind is dict:
             options = json.loads(value) if isinstance(value, str) else value
-            if not isinstance(options, dict):
+            if not (isinstance(options, dict) and all(isinstance(key, str) for key in options)):
                 raise ValueError
             return options
         if value is None or isinstance(value, list | dict):

@@ -40,7 +40,7 @@ def main(words):
 def try_world(config):
     """The first info of a run's world. ConfigError where the world cannot be had or played."""
     limit = config.env_options.get("max_steps", 1)
-    if type(limit) is not int or limit < 1:
+    if not is_step_limit(limit):
         raise ConfigError(f"--env_options: max_steps must be a whole number above 0, not {limit!r}")
     try:
         split = envs.world(config.env).SPLITS[0]
@@ -53,7 +53,7 @@ def try_world(config):
             check_step(pool.step({0: ""})[0])
     except (ValueError, RuntimeError) as error:  # the world's own sentences
         raise ConfigError(error) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, AttributeError) and "has no attribute 'expert'" in str(error):
             raise ConfigError(
                 f"world {config.env!r} has no expert to clone: give --model without --bc_episodes"
@@ -65,11 +65,16 @@ def try_world(config):
     return info
 
 
+def is_step_limit(value):
+    return type(value) is int and value > 0
+
+
 def check_world(name, tasks=4, **options):
     """Play `tasks` tasks of each split -> (list of sentences, one per fault; summary)."""
     try:
         module = load(name)
         check_splits(module)
+        check_options(module, options)
         sizes = {split: check_size(module, split) for split in module.SPLITS}
         check_make(module, sizes)
     except Fault as fault:
@@ -128,7 +133,7 @@ def load(name):
         return envs.world(name)
     except ValueError as error:
         raise Fault(error) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise Fault(f"{name} cannot be imported: {describe(error)}") from None
 
 
@@ -138,6 +143,18 @@ def check_splits(module):
         raise Fault(f"SPLITS must be a tuple of names, the training split first, not {splits!r}")
     if not isinstance(getattr(module, "IN_PROCESS", True), bool):
         raise Fault("IN_PROCESS must be True or False")
+
+
+def check_options(module, options):
+    """A Fault where `make` does not take them, before any task is played."""
+    limit = options.get("max_steps", 1)
+    if not is_step_limit(limit):
+        raise Fault(f"max_steps must be a whole number above 0, not {limit!r}")
+    _, passed_on = envs.step_limit(module, options)
+    try:
+        inspect.signature(module.make).bind(module.SPLITS[0], 0, **passed_on)
+    except TypeError as error:
+        raise Fault(f"make does not take the options {options}: {error}") from None
 
 
 def check_size(module, split):
@@ -305,5 +322,5 @@ def guarded(call, *arguments):
         return call(*arguments)
     except Fault:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise Fault(f"{describe(error)}") from None

@@ -231,6 +231,21 @@ def test_the_check_says_what_is_wrong(write, capsys, right, wrong, said):
     assert said in "\n".join(lines)
 
 
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ('{"step": 1}', "make does not take the options"),
+        ('{"split": "test"}', "make does not take the options"),
+        ('{"max_steps": 0}', "max_steps must be a whole number above 0"),
+        ('{"max_steps": "x"}', "max_steps must be a whole number above 0"),
+    ],
+)
+def test_the_check_says_once_what_is_wrong_with_the_options(corridor, capsys, options, said):
+    assert world_check.main([corridor, options]) == 2
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"error: {said}")
+
+
 def test_the_check_as_a_command(tmp_path):
     """`python -m envs WORLD`, the world being in the current folder."""
     (tmp_path / "mine.py").write_text(CORRIDOR)

@@ -73,7 +73,7 @@ def _new_engine():
     # textworld installs on 3.13, but its grammar writes to locals(), which is a copy there.
     if sys.version_info >= (3, 13):
         raise RuntimeError(
-            "ALFWorld's engine, textworld, fails on Python 3.13 and newer: use Python 3.10 to 3.12"
+            "ALFWorld's engine, textworld, fails on Python 3.13 and newer: use Python 3.11 or 3.12"
         )
     try:
         from textworld import EnvInfos

@@ -248,7 +248,7 @@ def test_sixty_four_episodes_are_under_three_megabytes(tiny_policy, tiny_tokeniz
     many = [
         replace(one, turns=[replace(turn, prompt=prompt()) for turn in one.turns]) for _ in range(4)
     ]
-    data, *_ = data_of(tiny_policy, many, tiny_tokenizer)
+    data, *_ = data_of(tiny_policy, many, tiny_tokenizer, micro_batch_tokens=2000)  # memory
     assert len(as_json(data)) * 16 < 3e6
 
 

@@ -13,7 +13,7 @@ from accelerate.tracking import GeneralTracker
 import train
 from config import ConfigError
 from script_tools import assert_same_run, assert_user_error, flags, metrics_of, script
-from support import tracking
+from support import stopping, tracking
 from support.arguments import read_config, read_train_arguments
 from support.metrics import summarize
 from update_tools import make_episode, plain_config
@@ -138,3 +138,26 @@ def test_tensorboard(trained, tmp_path):
     assert "episode" in done.out
     folder.rename(tmp_path / "tensorboard")  # all that differs
     assert_same_run(out, trained.out)
+
+
+def test_a_run_that_is_stopped_closes_its_tracker(tmp_path):
+    recorder = Recorder()
+    accelerator = Accelerator(cpu=True, log_with=recorder)
+    tracking.start(accelerator, plain_config(out=str(tmp_path)), 0)
+    with pytest.raises(SystemExit):
+        stopping.leave(stopping.Stopped(15, "stopped"), accelerator)
+    assert recorder.finished
+
+
+def test_weights_and_biases_gets_a_table_of_episodes(monkeypatch):
+    """Its tracker has `log_table`, whose text is searched and compared there."""
+    rows = []
+    recorder = Recorder()
+    recorder.name = "wandb"
+    monkeypatch.setattr(
+        Recorder, "log_table", lambda self, *words, step: rows.append((words, step)), raising=False
+    )
+    accelerator = SimpleNamespace(trackers=[recorder])
+    tracking.log_texts(accelerator, ["one", "two"], 7)
+    columns = ["iterations", "episode"]
+    assert rows == [(("episodes", columns, [[7, "one"], [7, "two"]]), 7)]

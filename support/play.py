@@ -16,7 +16,7 @@ import envs
 from config import ConfigError
 from support.metrics import printable
 
-HELP = "a number or an action · ? hint · l list · r restart · n next task · q quit"
+HELP = "a number or an action · ? hint · Enter list · :r restart · :n next task · :q quit"
 
 
 def main(name, argv=None):
@@ -70,18 +70,18 @@ class Game:
             except (EOFError, KeyboardInterrupt):
                 print()
                 return 0
-            if words == "q":
+            if words == ":q":
                 return 0
-            if words == "r":
+            if words == ":r":
                 self.begin(self.task)
-            elif words == "n":
+            elif words == ":n":
                 self.begin((self.task + 1) % self.size)
             elif words == "?":
                 self.hint()
-            elif words in ("", "l"):
+            elif words == "":
                 self.list_actions()
             elif self.ended:
-                print("The episode has ended: r restarts it, n takes the next task, q quits.")
+                print("The episode has ended: :r restarts it, :n takes the next task, :q quits.")
             elif words.isdecimal() and not 1 <= int(words) <= len(self.actions):
                 print(f"There are actions 1 to {len(self.actions)}.")
             else:
@@ -114,7 +114,7 @@ class Game:
         self.show(observation, info)
         if self.ended:
             result = "Won" if info["won"] else "Out of steps" if truncated else "Lost"
-            print(f"{result} after {self.steps} steps, score {info['score']:.2f}. r, n or q?")
+            print(f"{result} after {self.steps} steps, score {info['score']:.2f}. :r, :n or :q?")
 
     def show(self, observation, info):
         """Print what an agent sees, and the actions."""

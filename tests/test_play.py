@@ -65,7 +65,7 @@ def test_the_hints_win_the_game(played):
 
 
 def test_what_is_asked_for_at_the_prompt(played):
-    code, said = played("household", "99", "fly", "l", "n", "r", "q", "?")
+    code, said = played("household", "99", "fly", "", ":n", ":r", ":q", "?")
     assert code == 0
     assert "There are actions 1 to 7." in said
     assert "Nothing happens." in said
@@ -75,10 +75,10 @@ def test_what_is_asked_for_at_the_prompt(played):
 
 
 def test_the_end_of_an_episode(played):
-    answers = ["fly"] * 16 + ["?", "n", "q"]
+    answers = ["fly"] * 16 + ["?", ":n", ":q"]
     _, said = played("household", *answers)
     assert "Out of steps after 15 steps, score 0.00" in said
-    assert "The episode has ended: r restarts it" in said
+    assert "The episode has ended: :r restarts it" in said
     assert "The expert has no advice here." in said
     assert "Task 1 of" in said
 
@@ -87,7 +87,7 @@ def test_a_world_of_ones_own(played, tmp_path, monkeypatch):
     """Control characters are shown as text; what stands in <> is asked for; no expert is needed."""
     (tmp_path / "hall_to_play.py").write_text(HOSTILE)
     monkeypatch.syspath_prepend(tmp_path)
-    code, said = played("hall_to_play", "?", "1", "hello", "q")
+    code, said = played("hall_to_play", "?", "1", "hello", ":q")
     assert code == 0
     assert "\x1b" not in said
     assert "hall\\x1b[2J" in said
@@ -99,7 +99,7 @@ def test_a_world_of_ones_own(played, tmp_path, monkeypatch):
 
 def test_webshop_is_played_too(played, monkeypatch):
     monkeypatch.delenv("WEBSHOP_DATA", raising=False)
-    code, said = played("webshop", "?", "1", "red shoes", "q", words=["--split", "test"])
+    code, said = played("webshop", "?", "1", "red shoes", ":q", words=["--split", "test"])
     assert code == 0
     assert "search[" in said
     assert "Back to Search" in said
@@ -128,7 +128,7 @@ def test_the_command(name, monkeypatch):
     monkeypatch.setenv("ALFWORLD_DATA", "nowhere")
     done = subprocess.run(
         [sys.executable, "-m", f"worlds.{name}"],
-        input="q\n",
+        input=":q\n",
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -30,7 +30,8 @@ def setting(default, text, *, low=None, high=None, choices=None):
 @dataclass
 class Config:
     env: str = setting(
-        "household", "household, alfworld, webshop, or an importable module (see envs.py)"
+        "household",
+        "household, alfworld, webshop, babyai, gym:ID, openenv:URL, or an importable module",
     )
     env_options: dict = setting({}, "options of the world, as JSON: '{\"max_steps\": 30}'")
     model: str = setting(
@@ -145,7 +146,8 @@ class Config:
         if not self.group_size:
             self.group_size = 1 if self.has_critic else 8
         if not self.out:
-            self.out = f"runs/{self.env}-{self.seed}"
+            name = re.sub(r"[^\w.-]+", "-", self.env)  # gym:ID and openenv:URL are no file names
+            self.out = f"runs/{name}-{self.seed}"
 
     @property
     def has_critic(self):

@@ -28,40 +28,19 @@ str), won (bool) and score (float); optional are subgoals (list of str: what a p
 choose now), progress (float, 0 to 1, for --checklist) and gamefile (str).
 
 `--env NAME` takes a module of worlds/ or any importable module, also one in the current folder: a
-world of one's own is one file. `python -m envs NAME` checks it.
+world of one's own is one file. gym:ID and openenv:URL take other libraries' envs
+(worlds/gym_adapter.py, worlds/openenv_adapter.py). `python -m envs NAME` checks a world.
 """
 
-import importlib
 import inspect
-import os
 import sys
 import warnings
 
 from support import env_workers, world_guard
 from support.world_guard import WorldError
+from support.world_lookup import WORLDS, world  # noqa: F401, envs.world finds a world by name
 
-WORLDS = ("household", "alfworld", "webshop")
 MAX_STEPS = 100  # step limit of a world that names none
-
-
-def world(name):
-    """The module of world `name`. ValueError for a name that is neither known nor importable."""
-    path = f"worlds.{name}" if name in WORLDS else name
-    module = None
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    if all(path.split(".")):  # import_module takes "./world.py" for something else
-        try:
-            module = importlib.import_module(path)
-        except ModuleNotFoundError as error:
-            if not f"{path}.".startswith(f"{error.name}."):
-                raise  # the world is there, a package that it imports is not
-    if not all(hasattr(module, needed) for needed in ("make", "size", "SPLITS")):
-        raise ValueError(
-            f"no world {name!r}: choose {', '.join(WORLDS)}, or name a module with SPLITS, size "
-            "and make"
-        )
-    return module
 
 
 def make(name, split="train", index=0, **options):

@@ -6,7 +6,6 @@ longer than LIMIT for an answer, is replaced.
 """
 
 import contextlib
-import importlib
 import os
 import pickle
 import signal
@@ -17,6 +16,7 @@ import time
 import warnings
 
 from support.world_guard import describe
+from support.world_lookup import world
 
 LIMIT = 120.0  # seconds for one answer, after which the process is killed
 
@@ -25,7 +25,7 @@ class LocalEnvs:
     """Environments in this process: slot -> env. `call` has the signature of `WorkerEnvs.call`."""
 
     def __init__(self, module, split, options):
-        self.world = importlib.import_module(module)
+        self.world = world(module)
         self.split, self.options = split, options
         self.envs = {}
 

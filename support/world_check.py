@@ -27,8 +27,11 @@ def main(words):
         return 2
     try:
         options = json.loads(words[1]) if words[1:] else {}
+    except ValueError:
+        options = None
+    if isinstance(options, dict):
         faults, summary = check_world(words[0], **options)
-    except (ValueError, TypeError):
+    else:
         faults, summary = [f"the options must be a JSON object, not {words[1]!r}"], ""
     for fault in faults:
         print(f"error: {fault}")
@@ -76,7 +79,7 @@ def check_world(name, tasks=4, **options):
         check_splits(module)
         check_options(module, options)
         sizes = {split: check_size(module, split) for split in module.SPLITS}
-        check_make(module, sizes)
+        check_make(module, sizes, options)
     except Fault as fault:
         return [str(fault)], ""
     faults = {}  # check -> first sentence: one of each kind is enough
@@ -164,7 +167,7 @@ def check_size(module, split):
     return size
 
 
-def check_make(module, sizes):
+def check_make(module, sizes, options):
     first = module.SPLITS[0]
     refuses(module.size, "no such split", error=ValueError, what="size of an unknown split")
     refuses(module.make, "no such split", 0, error=ValueError, what="make of an unknown split")
@@ -172,9 +175,11 @@ def check_make(module, sizes):
         for index in (size, -1):
             what = f"make({split!r}, {index}), where tasks are 0 to {size - 1},"
             refuses(module.make, split, index, error=IndexError, what=what)
-    default, given, again = (
-        guarded(module.make, *task).reset() for task in ((), (first, 0), (first, 0))
-    )
+
+    def begin(*task):
+        return module.make(*task, **options).reset()
+
+    default, given, again = (guarded(begin, *task) for task in ((), (first, 0), (first, 0)))
     if given != again:
         raise Fault(f"make({first!r}, 0) must begin the same task every time")
     if default != given:

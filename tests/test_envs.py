@@ -345,7 +345,7 @@ def test_known_worlds_have_their_module():
 def test_no_such_world_says_what_there_is(name, corridor, write):
     for lacking in ("make", "size", "SPLITS"):
         write(lacking, CORRIDOR + f"del {lacking}\n")
-    choices = "choose household, alfworld, webshop, or name a module"
+    choices = "choose household, alfworld, webshop, babyai, gym:ID or openenv:URL, or name a module"
     with pytest.raises(ValueError, match=f"no world {re.escape(repr(name))}: {choices}"):
         envs.world(name)
 

@@ -7,6 +7,7 @@ What the user can mend raises ConfigError: one sentence, before anything is writ
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 
 METHODS = ("hiper", "ppo", "rloo", "grpo", "gigpo", "hgpo", "gagpo", "beacon")
@@ -50,6 +51,11 @@ class Config:
     episodes: int = setting(128, "episodes per iteration, over all processes", low=1)
     group_size: int = setting(
         0, "episodes per task; 0: 1 for hiper and ppo, 8 for the others", low=0
+    )
+    task_sampling: str = setting(
+        "uniform",
+        "training tasks: uniform, or edge, more of those that succeed now and then",
+        choices=("uniform", "edge"),
     )
     num_envs: int = setting(128, "episodes in play at once, per process", low=1)
     history: int = setting(2, "past (observation, action) pairs in the prompt", low=0)

@@ -13,7 +13,6 @@ iteration, process), so a run that was stopped goes on as if it had not been.
 """
 
 import os
-import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from baselines import baseline_advantages
 from config import Config, ConfigError
 from eval import choose_tasks, evaluate, fail
 from rollout import collect, make_batch
-from support import checkpoint, terminal, tracking, viewer
+from support import checkpoint, task_sampling, terminal, tracking, viewer
 from support.arguments import read_train_arguments
 from support.check_config import check
 from support.distributed import (
@@ -63,6 +62,7 @@ class Run:
     model: hiper.ActorCritic
     optimizer: object
     reference: hiper.ActorCritic | None
+    lines: list = ()  # the log's, one per past iteration
 
 
 # ---- one iteration -----------------------------------------------------------------------------
@@ -113,6 +113,7 @@ def train_iteration(run, iteration):
     metrics = {
         "iteration": iteration,
         **summarize(everyone),
+        **task_sampling.record(config, everyone),
         **losses,
         "lr": lr,
         "explained_variance": explained_variances(old, advantages.targets),
@@ -137,9 +138,7 @@ def start_iteration(run, iteration):
 def draw_tasks(run, iteration):
     """This process's share of the iteration's tasks; the episodes of one draw stay together."""
     config, accelerator = run.config, run.accelerator
-    rng = random.Random(config.seed * 1_000_003 + iteration)  # the same on every process
-    size = envs.size(config.env, run.pool.split)
-    drawn = [rng.randrange(size) for _ in range(config.episodes // config.group_size)]
+    drawn = task_sampling.draw(run, iteration, config.episodes // config.group_size)
     mine = drawn[accelerator.process_index :: accelerator.num_processes]
     return [task for task in mine for _ in range(config.group_size)]
 
@@ -168,6 +167,7 @@ def train(config, accelerator, out):
         say(accelerator, describe_run(run, out))
         first, log = checkpoint.load_checkpoint(out, run)
         tracking.start(accelerator, config, first)
+        run.lines = log["lines"]
         if first == 0:
             evaluate_run(run, log, 0)
         train_iterations(run, out, first, log, stopping)

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 from support.world_guard import describe
 from support.world_lookup import world
@@ -22,19 +23,41 @@ LIMIT = 120.0  # seconds for one answer, after which the process is killed
 
 
 class LocalEnvs:
-    """Environments in this process: slot -> env. `call` has the signature of `WorkerEnvs.call`."""
+    """Environments in this process: slot -> env. `call` has the signature of `WorkerEnvs.call`.
+
+    A world that waits for servers says THREADS: so many of its environments are asked at once. Its
+    envs raise ConnectionError where a server is gone.
+    """
 
     def __init__(self, module, split, options):
         self.world = world(module)
         self.split, self.options = split, options
         self.envs = {}
+        count = getattr(self.world, "THREADS", 0)
+        self.threads = ThreadPoolExecutor(count) if count else None
 
     def call(self, method, arguments):
-        """method: reset, step or expert; {slot: argument} -> ({slot: answer}, no losses).
+        """method: reset, step or expert; {slot: argument} -> ({slot: answer}, {slot: reason}).
 
-        In the place of an answer is the exception that the world raised.
+        In the place of an answer is the exception that the world raised. Without an answer are the
+        slots that lost their server; the first of them is named with the reason.
         """
-        return {slot: self.attempt(method, slot, arguments[slot]) for slot in arguments}, {}
+
+        def attempt(slot):
+            return slot, self.attempt(method, slot, arguments[slot])
+
+        answers = dict((self.threads.map if self.threads else map)(attempt, arguments))
+        lost = [slot for slot, answer in answers.items() if isinstance(answer, ConnectionError)]
+        losses = {}
+        if lost:
+            reason = f"lost its server ({' '.join(str(answers[lost[0]]).split())})"
+            losses[lost[0]] = reason
+            warnings.warn(
+                f"an environment of {self.world.__name__} {reason}; {len(lost)} of "
+                f"{len(arguments)} episodes begin anew",
+                stacklevel=2,
+            )
+        return {slot: answer for slot, answer in answers.items() if slot not in lost}, losses
 
     def attempt(self, method, slot, argument):
         try:
@@ -57,6 +80,8 @@ class LocalEnvs:
             with contextlib.suppress(Exception):
                 env.close()
         self.envs = {}
+        if self.threads:
+            self.threads.shutdown()
 
 
 class WorkerEnvs:

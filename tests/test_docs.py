@@ -91,7 +91,7 @@ def test_every_configuration_can_be_read_and_meant(path):
     config = read_config([str(path), "--seed", "3"])
     check(config)
     assert config.seed == 3
-    assert bool(config.model) == (not path.stem.startswith("tiny"))
+    assert bool(config.model) == (not path.stem.startswith("tiny") and path.stem != "babyai")
 
 
 @pytest.mark.parametrize("words", commands("train.py"), ids=" ".join)
@@ -99,6 +99,13 @@ def test_every_training_command_can_be_read_and_meant(words, monkeypatch):
     monkeypatch.setattr("support.arguments.check_tracker", lambda name: None)
     config, *_ = read_train_arguments(words)
     check(config)
+
+
+def test_babyai_s_two_files_say_the_same():
+    """configs/tiny-babyai.yaml is for --env babyai, configs/babyai.yaml to be named."""
+    named = read_config([str(ROOT / "configs" / "babyai.yaml")])
+    found = read_config(["--env", "babyai", "--env_options", '{"level": "GoToLocal"}'])
+    assert named == found
 
 
 def test_a_world_brings_its_own_settings():

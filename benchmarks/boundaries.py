@@ -10,13 +10,16 @@ agent carries. Its boundary is a turn at which that subgoal is another than a tu
     kappa       agreement of the two beyond chance (Cohen's): 0 is chance, 1 is the same
     same        share of turns at which both are after the same subgoal, in the same words
 
-Turn 0 begins a segment for both and is left out. RUN is a run's folder. RUN/start is its model
-before training, RUN/best the one before the best save.
+Turn 0 begins a segment for both and is left out. `--segments single every-turn` imposes segments
+on an agent that was not trained with them: what is lost? RUN is a run's folder. RUN/start is its
+model before training, RUN/best the one before the best save.
 """
 
 import argparse
 import json
 import sys
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,6 +31,7 @@ import envs
 from config import EVAL_TEMPERATURE, ConfigError
 from eval import choose_tasks, fail
 from rollout import collect
+from support.check_config import check
 from support.loading import load_actor, load_run, load_tokenizer
 from support.metrics import wilson_interval
 
@@ -72,11 +76,13 @@ def agreement(pairs):
     }
 
 
-def measure(out, count):
+def measure(out, count, segments="learned"):
     """-> {success and the numbers of `agreement`} of one model."""
     start = out.name == "start"
     config, folder, _ = load_run(out.parent if start else out)
     folder = out if start else folder
+    config = replace(config, segments=segments)
+    check(config)
     split = envs.world(config.env).SPLITS[-1]
     tasks = choose_tasks(envs.size(config.env, split), count)
     options = envs.world_options(config)
@@ -97,6 +103,7 @@ def measure(out, count):
     interval = wilson_interval(won, len(episodes))
     return {
         "run": str(out),
+        "segments": segments,
         "tasks": len(episodes),
         "success": won / len(episodes),
         "interval": interval,
@@ -108,11 +115,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, nargs="+", help="a run's folder, or its start or best")
     parser.add_argument("--tasks", type=int, default=100, help="unseen tasks [100]")
+    parser.add_argument(
+        "--segments", nargs="+", default=["learned"], help="as train.py's; several [learned]"
+    )
     args = parser.parse_args(argv)
     logging.set_verbosity_error()
     try:
-        for out in args.out:
-            print(json.dumps(measure(out, args.tasks)), flush=True)
+        for out, segments in product(args.out, args.segments):
+            print(json.dumps(measure(out, args.tasks, segments)), flush=True)
     except (ConfigError, OSError, ValueError, RuntimeError) as error:
         sys.exit(fail(error))
 

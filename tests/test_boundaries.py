@@ -53,6 +53,9 @@ def test_the_demonstrator_s_plan_along_its_own_actions():
 def test_a_run_is_measured_before_and_after(trained, capsys):
     boundaries.main([str(trained.out / "start"), str(trained.out), "--tasks", "3"])
     before, after = map(json.loads, capsys.readouterr().out.splitlines())
+    boundaries.main([str(trained.out), "--tasks", "3", "--segments", "single", "every-turn"])
+    single, every = map(json.loads, capsys.readouterr().out.splitlines())
+    assert single["agent_boundaries"] == 0 and every["agent_boundaries"] == every["turns"] > 0
     assert before["tasks"] == after["tasks"] == 3
     assert before["run"].endswith("start") and before["turns"] > 3
 

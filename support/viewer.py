@@ -8,6 +8,7 @@ B episodes, T turns, N turns in all, L response tokens.
 
 import codecs
 import pickle
+import warnings
 from types import SimpleNamespace
 
 import torch
@@ -126,7 +127,9 @@ def load_critic(policy, folder):
     """
     critic = {n: w for n, w in policy.state_dict().items() if not n.startswith("actor.")}
     if (folder / SHARDS).is_dir():
-        checkpoint.load({"model": critic}, checkpoint_id=folder / SHARDS, no_dist=True)
+        with warnings.catch_warnings():  # that this is a single process
+            warnings.simplefilter("ignore", UserWarning)
+            checkpoint.load({"model": critic}, checkpoint_id=folder / SHARDS, no_dist=True)
         return  # into the tensors that the policy holds
     state = torch.load(folder / "pytorch_model.bin", weights_only=True, map_location="cpu")
     found = {name for name in state if not name.startswith("actor.")}

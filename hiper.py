@@ -153,7 +153,8 @@ def logprobs_and_entropy(hidden, targets, output_layer, chunk=2**25):
         logits = output_layer(hidden_chunk).float()  # [m, V]
         log_z = logits.logsumexp(-1)
         with torch.no_grad():
-            entropy = log_z - (logits.softmax(-1) * logits).sum(-1)
+            log_p = logits - log_z[:, None]  # not the logits, whose size would multiply roundings
+            entropy = -log_p.exp().mul_(log_p).sum(-1)
         return logits.gather(-1, target_chunk[:, None]).squeeze(-1) - log_z, entropy
 
     rows = max(1, chunk // output_layer.weight.shape[0])

@@ -183,6 +183,9 @@ def _parser():
         if name in GROUPS:
             group = parser.add_argument_group(GROUPS[name])
         text = entry.metadata["help"]
+        choices = [choice for choice in entry.metadata["choices"] or () if choice]
+        if not all(choice in text for choice in choices):
+            text += f": {', '.join(choices)}"
         if entry.type is not dict and entry.default != "":
             text += f" [{entry.default}]"
         group.add_argument(f"--{name}", metavar=entry.type.__name__.upper(), help=text)

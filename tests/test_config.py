@@ -30,6 +30,17 @@ def test_every_setting_is_read_and_explained():
         assert used or in_property, field.name
 
 
+def test_help_names_every_group_flag_and_choice(capsys):
+    with pytest.raises(SystemExit) as exit:
+        read_config(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert exit.value.code == 0
+    assert all(title in said for title in GROUPS.values())
+    for name, entry in FIELDS.items():
+        assert f"--{name} " in said
+        assert all(choice in said for choice in entry.metadata["choices"] or ()), name
+
+
 def test_there_are_fewer_than_50_settings():
     assert len(FIELDS) < 50
     assert GROUPS.keys() <= FIELDS.keys()

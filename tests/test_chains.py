@@ -34,8 +34,9 @@ def test_the_values_are_the_means_of_what_is_sampled(sampled):
     "kind, lambdas, biased",
     [
         ("trajectory", None, False),
-        ("flat GAE", 1.0, False),
-        ("flat GAE", 0.5, True),  # V(s) does not know the subgoal that the agent carries
+        ("flat GAE, V(s)", 1.0, False),
+        ("flat GAE, V(s)", 0.5, True),  # it does not know the subgoal that the agent carries
+        ("flat GAE, V(s, o_prev)", 0.5, False),
         ("HAE, closed form", (0.5, 0.5), False),
         ("HAE, value head", (0.5, 0.5), False),
         ("HAE, value head", (1.0, 1.0), False),
@@ -58,4 +59,4 @@ def test_the_table(capsys, tmp_path, monkeypatch):
     said = capsys.readouterr().out
     assert all(kind in said for kind in chains.KINDS)
     assert said.splitlines()[-1].startswith("chains: ")
-    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == len(chains.KINDS) + 2
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == len(chains.KINDS) + 4

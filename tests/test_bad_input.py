@@ -106,6 +106,8 @@ TRAIN = [
     ('--env_options {"workers":3}', "workers"),
     ('--env_options {"split":"seen"}', "split"),
     ('--env_options {"":1}', "make()"),
+    ('--env_options {"chain":0}', "household's chain must be a whole number"),
+    ('--env_options {"routine":"x"}', "household's routine must be a whole number"),
     ("--env household.py", "no world"),
     ("--env config", "no world"),
     ("--env leaves", "'leaves' does not work: SystemExit: 3"),

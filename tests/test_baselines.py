@@ -30,6 +30,7 @@ from conftest import tiny_config
 from hae import gae, hae, normalize, switch_gain
 from hiper import DECISIONS, Masks, PolicyOutput, hiper_advantages
 from rollout import AgentState, collect
+from support import loading
 from support.batch import make_batch
 from support.cloning import demonstrations
 from support.metrics import ALARMS, collapse_warning
@@ -732,6 +733,17 @@ def test_the_flat_prompt_shows_no_plan_and_reads_none(tiny_actor, tiny_tokenizer
         shown = demonstrations(pool, range(3), config, random_subgoals=0.5)
     assert all(hiper.parse_flat(response).valid for _, response, _ in shown)
     assert all("Subgoal" not in prompt for prompt, _, _ in shown)
+
+
+@pytest.mark.parametrize(
+    "flag, changes",
+    [("--method beacon", dict(method="beacon")), ("--checklist", dict(checklist=0.5))],
+)
+def test_what_needs_progress_is_refused_in_a_world_without(monkeypatch, flag, changes):
+    monkeypatch.setattr(loading, "try_world", lambda config: {"task": ""})
+    with pytest.raises(ConfigError, match=f"{flag} needs a world that reports subtasks"):
+        loading.check_world_and_model(tiny_config(**changes))
+    loading.check_world_and_model(tiny_config())
 
 
 def test_a_batch_has_the_progress_after_each_turn(tiny_actor, tiny_tokenizer):

@@ -7,7 +7,7 @@
 A point is a household with `chain` tasks per episode and `routine` steps between decisions (see
 worlds/household_chain.py). All methods of one point and seed start from one clone and play equally
 many episodes, with the settings of configs/tiny.yaml. A run is smaller than a default one, and
-longer episodes come in smaller numbers: each run takes about four minutes of one core.
+longer episodes come in smaller numbers: a run takes 4 to 10 minutes of one core.
 
 Most informative cells first: hiper and ppo, one task and four, then the rest, seed after seed. Each
 run ends as one line in runs/benchmarks/horizon.jsonl. A line of the same commit is not run again; a

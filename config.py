@@ -113,6 +113,9 @@ class Config:
     final_lr_fraction: float = setting(
         1.0, "both learning rates fall linearly to this fraction", low=0, high=1
     )
+    lora: int = setting(
+        0, "rank of LoRA adapters on frozen weights (needs --model and peft); 0: train all", low=0
+    )
     optimizer: str = setting(
         "adamw",
         "adamw, or adamw8bit with 8-bit moments (pip install bitsandbytes; not with FSDP)",

@@ -33,8 +33,8 @@ from support import checkpoint, task_sampling, terminal, tracking, viewer
 from support.arguments import read_train_arguments
 from support.check_config import check
 from support.distributed import (
+    check_sharding,
     finish,
-    is_sharded,
     make_accelerator,
     normalize_global,
     prepare,
@@ -237,8 +237,7 @@ def main(argv=None):
                 f"--episodes {config.episodes} in groups of {config.group_size} leave some of "
                 f"the {accelerator.num_processes} processes without one"
             )
-        if is_sharded(accelerator) and config.optimizer != "adamw":
-            raise ConfigError(f"--optimizer {config.optimizer} does not work with FSDP: take adamw")
+        check_sharding(config, accelerator)
         out = Path(config.out)
         with disk_errors(out), checkpoint.run_dir(out, config, accelerator):
             train(config, accelerator, out)

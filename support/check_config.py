@@ -23,6 +23,8 @@ def check(config):
             f"--decisions must name some of {','.join(DECISIONS)}, not {config.decisions!r}"
         )
     _check_keep_penalties(config.keep_penalties)
+    if config.lora and not config.model:
+        raise ConfigError("--lora trains adapters on a pretrained model's weights: give --model")
     if config.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes")
     if config.attention == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):

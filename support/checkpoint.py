@@ -31,6 +31,8 @@ from tqdm import tqdm
 from config import ConfigError
 from support.arguments import read_settings
 from support.files import remove_stale, sha256, swap_in, write_whole
+from support.loading import start_folder
+from support.lora import save_merged
 from support.plots import plot_curves
 
 # Settings that do not change what is learnt: a run goes on with others.
@@ -164,10 +166,10 @@ def save_checkpoint(out, run, iteration, log):
             if path.is_file()
         }
         _write_run(temporary, {"iteration": iteration, "log": log, "files": files})
-        _save_actor(out / "actor", run, weights)
+        _save_actor(out, "actor", run, weights)
         is_regular = iteration % config.save_every == 0 or iteration == config.iterations
         if is_regular and is_best(log["lines"], config.save_every):
-            _save_actor(out / "best", run, weights)
+            _save_actor(out, "best", run, weights)
         if (out / "checkpoint").exists():
             swap_in(out / "checkpoint", out / "checkpoint.old")
         swap_in(temporary, out / "checkpoint")
@@ -196,13 +198,17 @@ def save_log(out, run, log):
     run.accelerator.wait_for_everyone()
 
 
-def _save_actor(folder, run, weights):
+def _save_actor(out, name, run, weights):
     """The actor and the tokenizer in Hugging Face's format, in place of what was there."""
-    actor = run.model.actor
+    actor, folder = run.model.actor, out / name
     names = [name for name, _ in actor.named_parameters()]  # tied weights once
+    state = {name: weights[f"actor.{name}"] for name in names}
     temporary = folder.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    actor.save_pretrained(temporary, state_dict={name: weights[f"actor.{name}"] for name in names})
+    if run.config.lora:
+        save_merged(temporary, start_folder(run.config, out), run.config, state)
+    else:
+        actor.save_pretrained(temporary, state_dict=state)
     run.tokenizer.save_pretrained(temporary)
     swap_in(temporary, folder)
 
@@ -233,7 +239,7 @@ def load_checkpoint(out, run):
     if folder is None:
         return 0, {"lines": [], "evals": []}
     try:
-        accelerator.load_state(str(folder))
+        accelerator.load_state(str(folder), strict=not run.config.lora)  # frozen: not saved
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{folder} is whole but does not fit this run: {reason}") from error

@@ -20,9 +20,11 @@ import envs
 import hiper
 from config import SUCCESS_REWARD
 from rollout import AgentState
+from support import lora
 from support.batch import make_samples
 from support.distributed import say
 from support.generation import tokenize_prompts, tokenize_texts
+from support.gguf import model_folder
 from support.ppo import set_checkpointing
 from support.scoring import micro_batches
 from support.terminal import make_bar
@@ -44,6 +46,7 @@ class Recipe(NamedTuple):
 
 FROM_SCRATCH = Recipe(lr=2e-3, epochs=1, batch=32)
 PRETRAINED = Recipe(lr=2e-4, epochs=1, batch=16)  # for a model of 135 million parameters
+ADAPTERS = PRETRAINED._replace(lr=1e-3)  # LoRA wants several times as much
 
 
 def clone_expert(config, out, pool, accelerator, pretrained=None):
@@ -65,14 +68,21 @@ def clone_expert(config, out, pool, accelerator, pretrained=None):
     else:
         tokenizer = train_tokenizer([text for example in examples for text in example[:2]])
         model = tiny_model(tokenizer, config.attention or "sdpa")
-    policy = hiper.ActorCritic(model, "shared").to(accelerator.device)
     recipe = PRETRAINED if pretrained else FROM_SCRATCH
+    if config.lora:
+        recipe = ADAPTERS
+        lora.add_adapters(model, config.lora)
+    policy = hiper.ActorCritic(model, "shared").to(accelerator.device)
     set_checkpointing(policy, True)
     loss = clone(policy, tokenizer, examples, config, recipe, accelerator.autocast)
     say(accelerator, f"cloned the expert: {len(examples)} turns, loss {loss:.3f} nats per token")
     set_checkpointing(policy, False)
     temporary = out / "start.tmp"
-    policy.actor.save_pretrained(temporary)
+    if config.lora:
+        source = model_folder(config.model)
+        lora.save_merged(temporary, source, config, policy.actor.state_dict())
+    else:
+        policy.actor.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     save_file(policy.value_heads.state_dict(), temporary / HEADS)
     temporary.rename(out / "start")

@@ -22,7 +22,9 @@ from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as hf_logging
 
+from config import ConfigError
 from hae import normalize
+from support.lora import frozen_names
 
 # Each process reads the whole checkpoint. The alternative gives the others empty weights.
 os.environ.setdefault("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
@@ -56,6 +58,17 @@ def is_sharded(accelerator):
     return accelerator.is_fsdp2
 
 
+def check_sharding(config, accelerator):
+    """ConfigError for what does not work with FSDP2."""
+    if is_sharded(accelerator) and config.optimizer != "adamw":
+        raise ConfigError(f"--optimizer {config.optimizer} does not work with FSDP: take adamw")
+    if is_sharded(accelerator) and config.lora:
+        raise ConfigError(
+            "--lora does not work with FSDP: start it on several GPUs without FSDP, each of which "
+            "holds the frozen weights"
+        )
+
+
 def prepare(policy, optimizer, accelerator):
     """`Accelerator.prepare`, with FSDP2's units and precision set first -> (policy, optimizer)."""
     if is_sharded(accelerator):
@@ -78,10 +91,17 @@ def prepare(policy, optimizer, accelerator):
 
 
 def _save_without_wrapper(accelerator):
-    """DDP puts `module.` before each name. Without it any number of processes can load a state."""
+    """DDP puts `module.` before each name. Without it any number of processes can load a state.
+
+    Frozen weights are those of the start model: they are not saved.
+    """
+
+    def trained_state(model):
+        frozen = frozen_names(model)
+        return {name: x for name, x in model.state_dict().items() if name not in frozen}
 
     def before_saving(models, weights, folder):
-        weights[:] = [accelerator.unwrap_model(model).state_dict() for model in models]
+        weights[:] = [trained_state(accelerator.unwrap_model(model)) for model in models]
 
     def before_loading(models, folder):
         models[:] = [accelerator.unwrap_model(model) for model in models]

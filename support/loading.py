@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import envs
 import hiper
 from config import ConfigError
+from support import lora
 from support.arguments import read_config, read_settings
 from support.check_config import check
 from support.cloning import HEADS, clone_expert
@@ -29,6 +30,8 @@ def check_world_and_model(config):
             f"{flag} needs a world that reports subtasks (info['progress']), and "
             f"{config.env} does not"
         )
+    if config.lora:
+        lora.check_peft()
     if config.model:
         check_model(config)
 
@@ -47,20 +50,22 @@ def load_policy(config, out, pool, accelerator):
     tokenizer = load_tokenizer(start)
     torch.manual_seed(config.seed)
     critic = config.critic if config.has_critic else "none"
+    half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     actor = load_actor(start, config, torch.float32)
     check_output_layer(actor, config)
-    policy = hiper.ActorCritic(actor, critic)
+    if config.lora:
+        policy, reference = lora.make_policy(actor, critic, config.lora, half)
+    else:
+        policy, reference = hiper.ActorCritic(actor, critic), None
+    if config.uses_reference and not config.lora:
+        reference = hiper.ActorCritic(load_actor(start, config, half), "none")
     if config.gradient_checkpointing:
         for backbone in (policy.actor, policy.critic):
             if backbone is not None:
                 backbone.activation_checkpointing_enable()
     if config.has_critic and config.bc_episodes:
         policy.value_heads.load_state_dict(load_file(start / HEADS))
-    reference = None
-    if config.uses_reference:
-        half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-        reference = hiper.ActorCritic(load_actor(start, config, half), "none")
-    return policy, tokenizer, reference
+    return policy, tokenizer, reference if config.uses_reference else None
 
 
 def start_folder(config, out):
@@ -139,9 +144,11 @@ def load_actor(path, config, dtype):
 
 
 def make_optimizer(policy, config):
-    """AdamW over two groups: the actor, and what belongs to the critic alone."""
-    actor = list(policy.actor.parameters())
-    critic = [p for name, p in policy.named_parameters() if not name.startswith("actor.")]
+    """AdamW over two groups: the actor, and what belongs to the critic alone. Frozen weights are
+    in none."""
+    trained = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
+    actor = [p for name, p in trained if name.startswith("actor.")]
+    critic = [p for name, p in trained if not name.startswith("actor.")]
     if config.optimizer == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit as AdamW
     else:
@@ -209,6 +216,8 @@ def describe_run(run, out):
     precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     parameters = sum(p.numel() for p in run.model.actor.parameters()) / 1e6
     name = config.model or "tiny Qwen2 from scratch"
+    if config.lora:
+        name += f" with LoRA of rank {config.lora}"
     return (
         f"{config.method} in {config.env} on {accelerator.num_processes} x "
         f"{accelerator.device.type}, {precision}; {name}, {parameters:.1f} million parameters; "

@@ -52,6 +52,8 @@ class Sizes(NamedTuple):
     keys: int
     inner: int  # MLP
     vocab: int
+    adapter: int = 0  # LoRA's on one backbone
+    rank: int = 0
 
 
 def built_in(name):
@@ -83,8 +85,11 @@ def model_shape(model):
         ) from None
 
 
-def count_sizes(shape, critic="separate"):
-    """Model configuration -> Sizes. A tied embedding counts once. ConfigError for no causal LM."""
+def count_sizes(shape, critic="separate", rank=0):
+    """Model configuration -> Sizes. A tied embedding counts once. ConfigError for no causal LM.
+
+    rank: of LoRA's adapters, two matrices beside each linear layer inside the model's layers.
+    """
     try:
         with torch.device("meta"):  # no memory is used
             policy = hiper.ActorCritic(AutoModelForCausalLM.from_config(shape), critic)
@@ -108,6 +113,8 @@ def count_sizes(shape, critic="separate"):
         keys=head_width * kv_heads,
         inner=getattr(shape, "intermediate_size", None) or 4 * hidden,
         vocab=shape.vocab_size,
+        adapter=rank * count_rows_and_columns(policy.actor),
+        rank=rank,
     )
 
 
@@ -122,6 +129,13 @@ def count_linear(module):
     return sum(count(layer) for layer in layers if isinstance(layer, torch.nn.Linear))
 
 
+def count_rows_and_columns(model):
+    """Of the linear layers inside a model's layers."""
+    blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    linear = [m for block in blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
+    return sum(sum(layer.weight.shape) for layer in linear)
+
+
 # ---- bytes: 4 for float32 (weights, residual stream, norms), 2 for bf16 (matrix products) ------
 
 
@@ -129,7 +143,10 @@ def layer_activations(s):
     """One layer, one token: two norms' input and output, five bf16 inputs, attention, the MLP."""
     norms = 2 * (4 + 4) * s.hidden + 5 * 2 * s.hidden
     attention = 2 * (2 * s.queries + 2 * s.keys)
-    return norms + attention + 4 * 2 * s.inner
+    kept = norms + attention + 4 * 2 * s.inner
+    if s.rank:  # norms are frozen: no outputs; attention's output twice; 7 adapters' inner widths
+        kept += -2 * 4 * s.hidden + 2 * s.queries + 7 * 2 * s.rank
+    return kept
 
 
 def activations(s, tokens, checkpointing):
@@ -164,12 +181,20 @@ def memory(s, config, shards=1):
     """-> ({part: (bytes, phases that hold it)}, {phase: bytes at its peak}) of one GPU."""
     rows, row = config.num_envs, config.max_prompt_tokens + config.max_new_tokens
     tokens = max(config.micro_batch_tokens, row)  # a micro-batch has at least one row
-    trained = s.actor + s.critic + s.heads
+    actor, critic = trained_sizes(s)
+    trained = actor + critic
     reference = 2 * s.actor / shards if config.uses_reference else 0
     parts = {
         "actor weights, float32": (4 * s.actor / shards, PHASES),
         "critic and heads, float32": (4 * (s.critic + s.heads) / shards, PHASES),
         "reference weights, bf16": (reference, PHASES),
+    }
+    if s.adapter:
+        parts = {
+            "frozen weights of all, bf16": (2 * s.actor, PHASES),
+            "adapters and heads, float32": (4 * trained, PHASES),
+        }
+    parts |= {
         "gradients, float32": (4 * trained / shards, ("update", "step")),
         f"activations, {tokens} tokens": (
             activations(s, tokens, config.gradient_checkpointing),
@@ -185,10 +210,12 @@ def memory(s, config, shards=1):
     if config.optimizer == "adamw8bit" and shards == 1:  # one float32 scale for 256 numbers
         parts["Adam's two moments, 8 bits"] = (2 * (1 + 4 / 256) * trained, PHASES)
     else:
-        largest_group = max(s.actor, s.critic + s.heads)
+        largest_group = max(actor, critic)
         parts["Adam's two moments, float32"] = (8 * trained / shards, PHASES)
         parts["Adam's scratch copy of one group"] = (4 * largest_group / shards, ("step",))
-    if shards == 1:
+    if s.adapter:
+        parts["autocast's bf16 copies"] = (2 * trained, ("rollout", "update"))
+    elif shards == 1:
         parts["autocast's bf16 copies, actor"] = (2 * s.actor_linear, ("rollout", "update"))
         parts["autocast's bf16 copies, critic"] = (2 * s.critic_linear, ("update",))
     else:  # for an update: what is in no layer, two layers, and float32 gradients to be summed
@@ -202,9 +229,16 @@ def memory(s, config, shards=1):
     return parts, peaks
 
 
+def trained_sizes(s):
+    """-> (parameters of the optimizer's two groups: the actor's, the critic's and heads')."""
+    if s.adapter:
+        return s.adapter, s.adapter * bool(s.critic) + s.heads
+    return s.actor, s.critic + s.heads
+
+
 def disk(s, config):
     """-> (bytes of a checkpoint, bytes of a run at its largest: three of them and three actors)."""
-    trained = s.actor + s.critic + s.heads
+    trained = sum(trained_sizes(s))
     moments = 2 * (1 + 4 / 256) if config.optimizer == "adamw8bit" else 8
     checkpoint = (4 + moments) * trained
     return checkpoint, 3 * checkpoint + 3 * 4 * s.actor
@@ -250,13 +284,17 @@ def show(config):
     check(replace(config, optimizer="adamw"))  # bitsandbytes need not be here
     shape, source = model_shape(config.model)
     check_shape(shape, config.model)
-    s = count_sizes(shape, config.critic if config.has_critic else "none")
+    s = count_sizes(shape, config.critic if config.has_critic else "none", config.lora)
     reference = s.actor if config.uses_reference else 0
     print(source)
-    print(
-        f"parameters: actor {s.actor:,}, critic {s.critic:,}, heads {s.heads:,}, "
-        f"reference {reference:,}\n"
-    )
+    if config.lora:
+        actor, critic = trained_sizes(s)
+        print(f"parameters: {s.actor:,} frozen; trained: actor {actor:,}, critic {critic:,}\n")
+    else:
+        print(
+            f"parameters: actor {s.actor:,}, critic {s.critic:,}, heads {s.heads:,}, "
+            f"reference {reference:,}\n"
+        )
     parts, peaks = memory(s, config)
     show_row("memory per GPU, GB", PHASES)
     for name, (size, phases) in parts.items():
@@ -270,8 +308,9 @@ def show(config):
     print(f"\nWhat fits, {RESERVE:.0%} being left to CUDA, NCCL and fragmentation.")
     print("Weights replicated, more GPUs share only the episodes:")
     show_fits(s, config, COUNTS, sharded=False)
-    print("In shards, configs/accelerate/fsdp.yaml:")
-    show_fits(s, config, COUNTS[1:], sharded=True)
+    if not config.lora:
+        print("In shards, configs/accelerate/fsdp.yaml:")
+        show_fits(s, config, COUNTS[1:], sharded=True)
 
 
 def show_row(name, cells):

@@ -21,6 +21,8 @@ from baselines import baseline_advantages
 from config import ConfigError
 from hae import gae, normalize
 from support.batch import make_batch
+from support.loading import start_folder
+from support.lora import frozen_names, merged_policy
 from support.metrics import format_episode
 from support.pages import write_page
 from support.scoring import compute_logprobs_and_values, micro_batches, score
@@ -108,7 +110,10 @@ def load_policy_with_critic(actor, config, out):
     elif not folder.is_dir():
         missing = f"no critic: {out} has no checkpoint"
     else:
-        policy = hiper.ActorCritic(actor, config.critic)
+        if config.lora:
+            policy = merged_policy(actor, start_folder(config, out), config)
+        else:
+            policy = hiper.ActorCritic(actor, config.critic)
         try:
             load_critic(policy, folder)
         except (
@@ -125,7 +130,12 @@ def load_critic(policy, folder):
 
     KeyError where the checkpoint is another policy's.
     """
-    critic = {n: w for n, w in policy.state_dict().items() if not n.startswith("actor.")}
+    frozen = frozen_names(policy)  # which no checkpoint holds
+    critic = {
+        name: weight
+        for name, weight in policy.state_dict().items()
+        if not name.startswith("actor.") and name not in frozen
+    }
     if (folder / SHARDS).is_dir():
         with warnings.catch_warnings():  # that this is a single process
             warnings.simplefilter("ignore", UserWarning)

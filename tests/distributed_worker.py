@@ -24,7 +24,7 @@ import train  # noqa: E402
 from conftest import tiny_config  # noqa: E402
 from rollout import make_batch  # noqa: E402
 from script_tools import flags  # noqa: E402
-from support import checkpoint, distributed, ppo  # noqa: E402
+from support import checkpoint, distributed, lora, ppo  # noqa: E402
 from support.generation import generate  # noqa: E402
 from support.loading import make_optimizer  # noqa: E402
 from support.scoring import compute_logprobs_and_values  # noqa: E402
@@ -48,8 +48,12 @@ def make_accelerator(kind, mixed_precision="no"):
 
 
 def make_policy(actor, critic):
-    """Value heads that are not zero, the same on every process."""
-    policy = hiper.ActorCritic(copy.deepcopy(actor), critic)
+    """Value heads that are not zero, the same on every process. "lora": both with adapters."""
+    if critic == "lora":
+        torch.manual_seed(0)
+        policy, _ = lora.make_policy(copy.deepcopy(actor), "separate", 4, torch.float32)
+    else:
+        policy = hiper.ActorCritic(copy.deepcopy(actor), critic)
     if policy.value_heads is not None:
         generator = torch.Generator().manual_seed(1)
         torch.nn.init.normal_(policy.value_heads.weight, generator=generator)
@@ -227,7 +231,8 @@ def main(folder, kind):
     accelerator = make_accelerator(kind)
     assert accelerator.num_processes == 2
     assert distributed.is_sharded(accelerator) == (kind == "fsdp")
-    answers = {name: play(given, way, accelerator) for name, way in given["ways"].items()}
+    ways = {n: way for n, way in given["ways"].items() if kind == "ddp" or n != "lora"}
+    answers = {name: play(given, way, accelerator) for name, way in ways.items()}
     if kind == "fsdp":
         answers["generated"] = generate_at_its_own_pace(given, accelerator)
         (folder / "saved").mkdir(exist_ok=True)

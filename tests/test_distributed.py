@@ -4,6 +4,7 @@ The processes run tests/distributed_worker.py once per kind and do everything th
 start takes seconds.
 """
 
+import importlib.util
 import os
 import pickle
 import random
@@ -66,6 +67,8 @@ WAYS = {
         max_grad_norm=1.0,
     ),
 }
+if importlib.util.find_spec("peft"):
+    WAYS["lora"] = dict(backbone="lora", micro_batch_tokens=100)
 LENGTHS = (9, 1, 4, 2, 6, 3, 1, 2)
 
 
@@ -125,10 +128,17 @@ def one_process(given):
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_make_the_step_of_one(request, given, one_process, kind, name):
     """Uneven numbers of micro-batches, the same gradient, clip, weights and metrics."""
+    if (kind, name) == ("fsdp", "lora"):
+        pytest.skip("refused: tests/test_lora.py")
     ranks = request.getfixturevalue(kind).ranks
     metrics, after, parts = one_process[name]
     before = given["actor"].state_dict()
-    moved = any(not torch.equal(after[f"actor.{n}"], before[n]) for n in before if "lm" not in n)
+    if name == "lora":
+        moved = all(after[n].any() for n in after if "lora_B" in n)
+    else:
+        moved = any(
+            not torch.equal(after[f"actor.{n}"], before[n]) for n in before if "lm" not in n
+        )
     assert moved == ("warm-up" not in name)
     for answers in ranks:
         their_metrics, weights, _ = answers[name]

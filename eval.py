@@ -63,7 +63,7 @@ def main(argv=None):
         split = args.split or envs.world(config.env).SPLITS[-1]
         size = envs.size(config.env, split)
         tasks = choose_tasks(size, args.episodes)
-        accelerator = make_accelerator()
+        accelerator = make_accelerator(pretrained=bool(config.model))
         tokenizer = load_tokenizer(folder)
         actor = load_actor(folder, config, torch.float32).to(accelerator.device)
         played = []

@@ -231,7 +231,7 @@ def main(argv=None):
             return memory_plan.show(config)
         check(config)
         check_world_and_model(config)
-        accelerator = make_accelerator(tracker, config.out)
+        accelerator = make_accelerator(tracker, config.out, bool(config.model))
         if config.episodes // config.group_size < accelerator.num_processes:
             raise ConfigError(
                 f"--episodes {config.episodes} in groups of {config.group_size} leave some of "

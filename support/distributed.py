@@ -30,23 +30,35 @@ from support.lora import frozen_names
 os.environ.setdefault("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
 
 
-def make_accelerator(tracker=None, out=None):
-    """bfloat16 autocast on GPUs, float32 on the CPU (also with ACCELERATE_USE_CPU=true).
+def computes_in_bfloat16(cpu, pretrained):
+    """Whether forward passes run in bfloat16: on GPUs, and on CPUs that have units for it.
 
+    There for pretrained models only: the tiny ones are too small to gain by it.
+    """
+    if not cpu:
+        return True
+    able = torch.cpu.get_capabilities()
+    return pretrained and bool(able.get("amx_bf16") or able.get("avx512_bf16"))
+
+
+def make_accelerator(tracker=None, out=None, pretrained=False):
+    """bfloat16 autocast where `computes_in_bfloat16`, else float32; weights stay float32.
+
+    ACCELERATE_USE_CPU=true leaves GPUs alone. pretrained: whether `--model` is given.
     tracker: what `--track` names; out: the run's folder, where it writes.
 
     Hugging Face's warnings and loading bars are turned off here, for training and evaluation.
     """
     cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
-    half = torch.cuda.is_available() and not cpu
+    cpu = cpu or not torch.cuda.is_available()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     # It warns at each save that tied weights are saved once.
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     waits = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # for a process that clones
     return Accelerator(
-        cpu=cpu or not torch.cuda.is_available(),
-        mixed_precision="bf16" if half else "no",
+        cpu=cpu,
+        mixed_precision="bf16" if computes_in_bfloat16(cpu, pretrained) else "no",
         kwargs_handlers=[waits],
         log_with=tracker,
         project_dir=out,

@@ -53,12 +53,13 @@ def load_policy(config, out, pool, accelerator):
     half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     actor = load_actor(start, config, torch.float32)
     check_output_layer(actor, config)
+    reference = None
     if config.lora:
         policy, reference = lora.make_policy(actor, critic, config.lora, half)
     else:
-        policy, reference = hiper.ActorCritic(actor, critic), None
-    if config.uses_reference and not config.lora:
-        reference = hiper.ActorCritic(load_actor(start, config, half), "none")
+        policy = hiper.ActorCritic(actor, critic)
+        if config.uses_reference:
+            reference = hiper.ActorCritic(load_actor(start, config, half), "none")
     if config.gradient_checkpointing:
         for backbone in (policy.actor, policy.critic):
             if backbone is not None:

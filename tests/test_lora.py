@@ -8,14 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM
 
 import hiper
+import train as train_module
 from config import Config, ConfigError
 from conftest import tiny_config
 from eval import main as evaluate
 from script_tools import actor_of, assert_same_run, metrics_of, saved_iteration, saved_weights
-from support import lora
+from support import distributed, lora
 from support import memory_plan as plan
 from support.check_config import check
 from support.distributed import check_sharding
@@ -281,3 +283,46 @@ def test_the_plan_names_what_is_frozen_and_what_is_trained(capsys):
     printed = capsys.readouterr().out
     assert "1,543,714,304 frozen; trained: actor 18,464,768, critic 18,469,379" in printed
     assert "In shards" not in printed
+
+
+# ---- bfloat16 on CPUs --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("able", ["amx_bf16", "avx512_bf16", None])
+def test_bfloat16_where_the_cpu_has_units_for_it(monkeypatch, able):
+    """And there for pretrained models only; this machine's answer is substituted."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {able: True, "avx2": True})
+    assert distributed.computes_in_bfloat16(cpu=True, pretrained=True) == (able is not None)
+    assert not distributed.computes_in_bfloat16(cpu=True, pretrained=False)
+    assert distributed.computes_in_bfloat16(cpu=False, pretrained=False)
+
+
+@with_peft
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_run_in_bfloat16_on_the_cpu(monkeypatch, model, tmp_path, rank, capsys):
+    """Rollout, scoring and update; what is trained stays float32, and so do its moments."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    AcceleratorState._reset_state(reset_partial_state=True)
+    seen = []
+    parts = [(train_module, "collect"), (train_module, "score"), (hiper, "last_hidden_state")]
+    for module, name in parts:
+        function = getattr(module, name)
+
+        def recorded(*words, function=function, name=name, **more):
+            seen.append((name, torch.is_autocast_enabled("cpu")))
+            return function(*words, **more)
+
+        monkeypatch.setattr(module, name, recorded)
+    out = tmp_path / "run"
+    train(words(model, out, 1, lora=rank))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert ("collect", True) in seen and ("score", True) in seen
+    assert seen[-1] == ("last_hidden_state", True)  # of the update
+    assert "cpu, bf16" in capsys.readouterr().out
+    assert {value.dtype for value in saved_weights(out / "checkpoint").values()} == {torch.float32}
+    moments = torch.load(out / "checkpoint" / "optimizer.bin", weights_only=True)["state"]
+    kinds = {m.dtype for state in moments.values() for m in state.values()}
+    assert kinds == {torch.float32}
+    [line] = metrics_of(out)
+    assert line["clip_fraction"] == 0.0
+    assert line["kl_to_reference"] == pytest.approx(0.0, abs=0 if rank else 1e-4)

@@ -5,6 +5,8 @@ ends, and written as JSON to `--out`. A part that fails says so in its row and t
 part begins after `--limit` seconds; 45 seconds later the last is broken off. `--model tiny` with
 small sizes runs all of it on a CPU, except peaks of memory and the compiled part.
 
+    audit        benchmarks/audit.py: each number of an iteration against an independent
+                 computation, and in other ways (bfloat16, checkpointing, eager attention)
     hae          the estimator: the same as on the CPU (to 1e-5 of the largest), and both times
     log-probs    largest differences of the old log-probs to a second pass and to the update's
                  forward in the same micro-batches (0: the first ratio is exactly 1), to a pass in
@@ -52,6 +54,7 @@ def schedule(args, gpu):
     few, many = args.tokens
     least, most = sorted(args.num_envs)
     yield "environment", parts.environment
+    yield "audit", parts.audit
     yield "build", parts.build
     for episodes in (128, 4096):
         yield f"hae, {episodes} x 50", partial(parts.advantages, episodes=episodes)
@@ -147,6 +150,7 @@ def read_arguments():
         "--tokens", type=int, nargs=2, default=[8192, 16384], help="of a micro-batch"
     )
     parser.add_argument("--limit", type=int, default=420, help="seconds; no part begins later")
+    parser.add_argument("--audit", help="the audit's model [SmolLM2, else Qwen2.5-0.5B's shape]")
     parser.add_argument("--out", default=os.devnull, help="file for the rows, as JSON lines")
     return parser.parse_args()
 

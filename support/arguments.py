@@ -14,6 +14,7 @@ from config import EVAL_TEMPERATURE, FIELDS, Config, ConfigError
 from support.tracking import TRACKERS, check_tracker
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+LEAST_TEMPERATURE = 0.01  # logits over less can overflow
 GROUPS = {  # first field of a group -> its title in --help
     "env": "World, model and method",
     "episodes": "Rollout",
@@ -88,7 +89,8 @@ def read_settings(path):
     """
     try:
         values = json.loads(path.read_text())
-        values.pop("versions", None)
+        for record in ("versions", "counts"):
+            values.pop(record, None)
         unknown = [name for name in values if name not in FIELDS]
         if unknown:
             raise ConfigError(f"there is no setting {unknown[0]!r}")
@@ -154,8 +156,12 @@ def read_eval_arguments(argv):
         raise ConfigError("--episodes must be 1 or more")
     if args.show < 0:
         raise ConfigError("--show must be 0 or more")
-    if not (math.isfinite(args.temperature) and args.temperature >= 0):
-        raise ConfigError(f"--temperature must be 0 or more, not {args.temperature}")
+    sampled = math.isfinite(args.temperature) and args.temperature >= LEAST_TEMPERATURE
+    if args.temperature != 0 and not sampled:
+        raise ConfigError(
+            f"--temperature must be 0 (greedy), or {LEAST_TEMPERATURE} and more, not "
+            f"{args.temperature}"
+        )
     if args.seed is not None and not 0 <= args.seed <= FIELDS["seed"].metadata["high"]:
         raise ConfigError(f"--seed must be from 0 to {FIELDS['seed'].metadata['high']}")
     env = ["--env", args.env] if args.env else []

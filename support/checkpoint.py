@@ -1,6 +1,7 @@
 """The files of a run, so that one that was killed goes on as if it had not been.
 
-    config.json                     the settings, and the versions of what the run is made with
+    config.json                     the settings, the versions of what the run is made with, and
+                                    how many processes and threads it has
     checkpoint/                     Accelerate's state (weights, optimizer); run.json has iteration,
                                     log and checksums; checkpoint.old/ is the one before
     actor/, best/                   the actor in Hugging Face's format: of the last save, and of the
@@ -17,6 +18,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import pickle
 import platform
 import shutil
 import subprocess
@@ -45,24 +47,24 @@ def run_dir(out, config, accelerator):
     held = refusal = None
     if accelerator.is_main_process:
         try:
-            held = prepare_run_dir(out, config)
+            held = prepare_run_dir(out, config, accelerator.num_processes)
         except ConfigError as error:
             refusal = str(error)
     [refusal] = broadcast_object_list([refusal])
-    if refusal:  # said once, by the main process
-        raise ConfigError(refusal) if accelerator.is_main_process else SystemExit(2)
+    if refusal:
+        raise ConfigError(refusal)
     with held or contextlib.nullcontext():
         yield
 
 
-def prepare_run_dir(out, config):
+def prepare_run_dir(out, config, processes=1):
     """Make the folder of a new run, or accept the folder of the same run -> its locked file.
 
     ConfigError, with nothing touched, otherwise. A new run's folder may hold `start/`, the clone
     of another run, from which it then begins.
     """
     try:
-        return _prepare_run_dir(out, config)
+        return _prepare_run_dir(out, config, processes)
     except (OSError, ValueError) as error:  # no permission, a file in the way, a name too long
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -70,8 +72,9 @@ def prepare_run_dir(out, config):
         raise ConfigError(f"--out {out} cannot be made or written: {reason}") from None
 
 
-def _prepare_run_dir(out, config):
+def _prepare_run_dir(out, config, processes):
     mine = dataclasses.asdict(config)
+    counts = {"processes": processes, "threads": torch.get_num_threads()}
     path = out / "config.json"
     if path.is_file():
         differs = differences(path, mine)
@@ -82,14 +85,31 @@ def _prepare_run_dir(out, config):
             )
         if differs:
             tqdm.write(f"{out} goes on with other settings: {'; '.join(differs.values())}")
+        if has_learnt(out):
+            say_other_counts(out, json.loads(path.read_text()).get("counts", counts), counts)
     elif out.exists():
         names = {"config.tmp", "start", "lock"}
         if not out.is_dir() or {entry.name for entry in out.iterdir()} - names:
             raise ConfigError(f"{out} exists and is not a run of this script: give another --out")
     out.mkdir(parents=True, exist_ok=True)
     held = lock(out)
-    write_whole(path, json.dumps({**mine, "versions": versions()}, indent=1))
+    record = {**mine, "versions": versions(), "counts": counts}
+    write_whole(path, json.dumps(record, indent=1))
     return held
+
+
+def say_other_counts(out, before, now):
+    """Say where a run goes on with other numbers of processes or threads."""
+    others = [
+        f"{count} {name} ({before.get(name)} before)"
+        for name, count in now.items()
+        if count != before.get(name)
+    ]
+    if others:
+        tqdm.write(
+            f"warning: {out} goes on with {' and '.join(others)}. From here on it is another run: "
+            "sums are added in another order, and each process draws its own actions"
+        )
 
 
 def versions():
@@ -240,7 +260,7 @@ def load_checkpoint(out, run):
         return 0, {"lines": [], "evals": []}
     try:
         accelerator.load_state(str(folder), strict=not run.config.lora)  # frozen: not saved
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{folder} is whole but does not fit this run: {reason}") from error
     if accelerator.is_main_process:

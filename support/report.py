@@ -113,7 +113,7 @@ def differing_settings(runs):
 
     A setting that a later version added had its default.
     """
-    names = sorted({name for run in runs for name in run["config"]} - {"out", "versions"})
+    names = sorted({name for run in runs for name in run["config"]} - {"out", "versions", "counts"})
     values = {name: [run["config"].get(name, _default(name)) for run in runs] for name in names}
     return {name: column for name, column in values.items() if len(_distinct(column)) > 1}
 

@@ -142,6 +142,7 @@ EVAL = [
     ("empty --json .", "no file that can be written"),
     ("empty --temperature nan", "--temperature"),
     ("empty --temperature -1", "--temperature"),
+    ("empty --temperature 1e-40", "--temperature"),
     ("empty --seed -1", "--seed"),
     ("empty --seed 99999999999999999999", "--seed"),
     ("empty --episodes 1.5", "--episodes"),
@@ -215,6 +216,29 @@ def test_a_configuration_with_and_without_versions(folder):
         checkpoint.prepare_run_dir(out, config).close()
     with pytest.raises(ConfigError, match="another run"):
         checkpoint.prepare_run_dir(out, dataclasses.replace(config, lr=1.0))
+
+
+def test_other_numbers_of_processes_and_threads_are_said(folder, capfd):
+    """They are recorded. A run that goes on with others is another run from there on."""
+    import torch
+
+    out = folder / "run"
+    config = tiny_config(out=str(out))
+    checkpoint.prepare_run_dir(out, config, 2).close()
+    counts = {"processes": 2, "threads": torch.get_num_threads()}
+    assert json.loads((out / "config.json").read_text())["counts"] == counts
+    checkpoint.prepare_run_dir(out, config, 3).close()  # nothing was learnt yet
+    (out / "checkpoint").mkdir()
+    checkpoint.prepare_run_dir(out, config, 3).close()
+    assert capfd.readouterr().out == ""
+    checkpoint.prepare_run_dir(out, config, 1).close()
+    said = capfd.readouterr().out
+    assert "goes on with 1 processes (3 before). From here on it is another run" in said
+    saved = json.loads((out / "config.json").read_text())
+    del saved["counts"]  # a run of an earlier version
+    (out / "config.json").write_text(json.dumps(saved))
+    checkpoint.prepare_run_dir(out, config, 1).close()
+    assert capfd.readouterr().out == ""
 
 
 def test_the_largest_seed_can_be_used():

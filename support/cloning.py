@@ -7,6 +7,7 @@ one token, and a Qwen2 of about half a million parameters.
 
 import random
 import re
+import shutil
 from collections import Counter
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from rollout import AgentState
 from support import lora
 from support.batch import make_samples
 from support.distributed import say
+from support.files import swap_in
 from support.generation import tokenize_prompts, tokenize_texts
 from support.gguf import model_folder
 from support.ppo import set_checkpointing
@@ -78,6 +80,7 @@ def clone_expert(config, out, pool, accelerator, pretrained=None):
     say(accelerator, f"cloned the expert: {len(examples)} turns, loss {loss:.3f} nats per token")
     set_checkpointing(policy, False)
     temporary = out / "start.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
     if config.lora:
         source = model_folder(config.model)
         lora.save_merged(temporary, source, config, policy.actor.state_dict())
@@ -85,7 +88,7 @@ def clone_expert(config, out, pool, accelerator, pretrained=None):
         policy.actor.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     save_file(policy.value_heads.state_dict(), temporary / HEADS)
-    temporary.rename(out / "start")
+    swap_in(temporary, out / "start")
 
 
 def demonstrated_tasks(size, count, few):

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 
 import hiper
 from config import SUCCESS_REWARD
-from support.distributed import equal_passes, gradient_sync
+from support.distributed import equal_passes, gradient_sync, say
 from support.scoring import micro_batches
 
 MAX_GRAD_NORM = 1.0  # for actor and critic each
@@ -66,6 +66,7 @@ def update(run, samples, minibatches, old, ref_logprobs, advantages, actor_learn
             else:
                 skipped += 1
                 in_a_row += 1
+                say(accelerator, "warning: a gradient is NaN or infinite: this step is left out")
             if in_a_row == MAX_SKIPPED:
                 raise FloatingPointError(
                     f"{MAX_SKIPPED} gradients in a row were NaN or infinite; the weights are those "

@@ -668,13 +668,15 @@ def break_losses(monkeypatch, broken):
 
 
 def test_a_step_whose_gradient_is_not_finite_is_left_out(
-    tiny_policy, tiny_tokenizer, accelerator, monkeypatch
+    tiny_policy, tiny_tokenizer, accelerator, monkeypatch, capfd
 ):
+    """It is counted, and said."""
     episodes = make_episodes(tiny_tokenizer)
     options = dict(optimizer=plain_sgd, minibatch_size=5)  # four steps of one micro-batch
     break_losses(monkeypatch, broken={1, 2})
     done = learn(tiny_policy, tiny_tokenizer, episodes, accelerator, **options)
     assert done.losses["skipped_steps"] == 2
+    assert capfd.readouterr().out.count("a gradient is NaN or infinite") == 2
     assert done.losses["policy_loss"] is None  # and not NaN, which is no JSON
     assert math.isfinite(done.losses["entropy"])
     assert all(value.isfinite().all() for value in done.weights.values())

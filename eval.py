@@ -7,7 +7,6 @@ succeeded most in training, for use and not for tables.
 """
 
 import os
-import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read as torch loads: idle threads sleep
 
@@ -19,7 +18,7 @@ from config import EVAL_TEMPERATURE, ConfigError
 from rollout import collect
 from support import report, viewer
 from support.arguments import read_eval_arguments
-from support.distributed import make_accelerator
+from support.distributed import LONG, end, finish, join_processes, make_accelerator, meet
 from support.loading import choose_tasks, load_actor, load_evaluated, load_tokenizer
 from support.metrics import show_evaluation, summarize, write_evaluation
 from support.terminal import Playing
@@ -50,11 +49,13 @@ def evaluate(
     ):
         torch.manual_seed(seed + accelerator.process_index)
         episodes = collect(actor, tokenizer, pool, mine, config, temperature=temperature, **roles)
+    meet(accelerator, "its evaluation", LONG)
     everyone = gather_object(episodes)
     return {"split": split, "temperature": temperature, "seed": seed, **summarize(everyone)}
 
 
 def main(argv=None):
+    state = join_processes()
     try:
         args = read_eval_arguments(argv)
         if args.report:
@@ -82,7 +83,7 @@ def main(argv=None):
             if args.html or args.show:
                 viewer.show_episodes(args, played, actor, config, tokenizer, accelerator)
     except (ConfigError, OSError, ValueError, RuntimeError) as error:
-        sys.exit(fail(error))
+        end(error, state)
     protocol = {
         **described,
         "split": split,
@@ -90,15 +91,11 @@ def main(argv=None):
         "temperature": result["temperature"],
         "seed": result["seed"],
     }
-    show_evaluation(result, protocol, config.env)
-    if args.json:
-        write_evaluation(args.json, result, protocol)
-
-
-def fail(sentence):
-    """Print in one line what is wrong and return exit code 2."""
-    print(f"error: {' '.join(str(sentence).split())}", file=sys.stderr)
-    return 2
+    if accelerator.is_main_process:
+        show_evaluation(result, protocol, config.env)
+        if args.json:
+            write_evaluation(args.json, result, protocol)
+    finish(accelerator)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ iteration, process), so a run that was stopped goes on as if it had not been.
 """
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,15 +26,18 @@ import envs
 import hiper
 from baselines import baseline_advantages
 from config import Config, ConfigError
-from eval import choose_tasks, evaluate, fail
+from eval import choose_tasks, evaluate
 from rollout import collect, make_batch
 from support import checkpoint, task_sampling, terminal, tracking, viewer
 from support.arguments import read_train_arguments
 from support.check_config import check
 from support.distributed import (
-    check_sharding,
+    end,
+    exchange_errors,
     finish,
+    join_processes,
     make_accelerator,
+    meet,
     normalize_global,
     prepare,
     prepare_reference,
@@ -43,11 +45,17 @@ from support.distributed import (
     whole_weights,
 )
 from support.files import disk_errors
-from support.loading import check_world_and_model, describe_run, load_policy, make_optimizer
+from support.loading import (
+    check_processes,
+    check_world_and_model,
+    describe_run,
+    load_policy,
+    make_optimizer,
+)
 from support.metrics import format_table, summarize, timed
 from support.ppo import draw_minibatches, explained_variances, update
 from support.scoring import score
-from support.stopping import Stopped, Stopping, leave
+from support.stopping import Stopped, Stopping, end_stopped
 
 
 @dataclass
@@ -83,6 +91,7 @@ def train_iteration(run, iteration):
         tasks = draw_tasks(run, iteration)
         bar = terminal.Playing(accelerator, tasks, "playing")
         episodes = collect(run.model.actor, run.tokenizer, run.pool, tasks, config, progress=bar)
+        meet(accelerator, "its rollout")
 
     # 2. Score them: log-probabilities and values of the old policy, log-probs of the reference.
     with timed("score", seconds), accelerator.autocast():
@@ -162,6 +171,7 @@ def train(config, accelerator, out):
     with (
         envs.EnvPool(config.env, split, **envs.world_options(config)) as pool,
         Stopping(out, accelerator) as stopping,
+        exchange_errors(accelerator),
     ):
         run = make_run(config, out, pool, accelerator)
         say(accelerator, describe_run(run, out))
@@ -223,6 +233,7 @@ def evaluate_run(run, log, iteration):
 
 
 def main(argv=None):
+    state = join_processes()
     try:
         config, plan, tracker = read_train_arguments(argv)
         if plan:
@@ -231,20 +242,15 @@ def main(argv=None):
             return memory_plan.show(config)
         check(config)
         check_world_and_model(config)
-        accelerator = make_accelerator(tracker, config.out, bool(config.model))
-        if config.episodes // config.group_size < accelerator.num_processes:
-            raise ConfigError(
-                f"--episodes {config.episodes} in groups of {config.group_size} leave some of "
-                f"the {accelerator.num_processes} processes without one"
-            )
-        check_sharding(config, accelerator)
+        accelerator = make_accelerator(tracker, config.out, pretrained=bool(config.model))
+        check_processes(config, accelerator)
         out = Path(config.out)
         with disk_errors(out), checkpoint.run_dir(out, config, accelerator):
             train(config, accelerator, out)
     except (ConfigError, FloatingPointError, envs.WorldError) as error:
-        sys.exit(fail(error))
+        end(error, state)
     except Stopped as stopped:
-        leave(stopped, accelerator)
+        end_stopped(stopped, accelerator)
     finish(accelerator)
 
 

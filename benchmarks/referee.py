@@ -44,9 +44,8 @@ import hiper
 from benchmarks.alignment import GROUP, advantages_of, hiper_settings
 from benchmarks.variance import restore
 from config import DECISIONS, ConfigError
-from eval import fail
 from rollout import AgentState, build_prompts, make_batch, respond
-from support.distributed import make_accelerator
+from support.distributed import fail, make_accelerator
 from support.loading import load_run
 from support.scoring import micro_batches, score
 from support.tokens import response_text

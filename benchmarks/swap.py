@@ -24,8 +24,9 @@ from transformers.utils import logging
 import envs
 import hiper
 from config import EVAL_TEMPERATURE, ConfigError
-from eval import choose_tasks, fail
+from eval import choose_tasks
 from rollout import collect
+from support.distributed import fail
 from support.generation import generate
 from support.loading import load_actor, load_run, load_tokenizer, start_folder
 from support.metrics import format_table, summarize

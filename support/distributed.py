@@ -3,19 +3,21 @@
 Accelerate prepares the model (DDP or FSDP2), runs backward, clips and saves. It lacks two things
 that an agent needs with sharded weights (FSDP2): weights that are whole while each process
 generates at its own pace (`whole_weights`), and the same number of passes on every process
-(`equal_passes`), since each pass gathers weights from all.
+(`equal_passes`), since each pass gathers weights from all. A process that hangs is named (`meet`),
+and an error that all have is said once (`end`).
 """
 
 import functools
 import logging
 import os
+import re
 import sys
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from tqdm import tqdm
@@ -26,8 +28,25 @@ from config import ConfigError
 from hae import normalize
 from support.lora import frozen_names
 
+EXCHANGE = timedelta(minutes=30)  # for one exchange, in which all processes do the same
+STUCK = timedelta(minutes=15)  # how much longer than the others a process may play
+LONG = timedelta(hours=12)  # the same in cloning, which one process does, and in evaluation
+AGREE = timedelta(seconds=20)  # in which processes that all fail find each other
+
 # Each process reads the whole checkpoint. The alternative gives the others empty weights.
 os.environ.setdefault("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
+
+
+def join_processes():
+    """Connect the processes of this run -> Accelerate's PartialState.
+
+    The CPU is used where there is no GPU, and with ACCELERATE_USE_CPU=true.
+    """
+    state = PartialState(cpu=_on_cpu(), timeout=EXCHANGE)
+    if state.num_processes > 1:
+        for purpose in ("meet", "end"):
+            _group(purpose)
+    return state
 
 
 def computes_in_bfloat16(cpu, pretrained):
@@ -44,25 +63,28 @@ def computes_in_bfloat16(cpu, pretrained):
 def make_accelerator(tracker=None, out=None, pretrained=False):
     """bfloat16 autocast where `computes_in_bfloat16`, else float32; weights stay float32.
 
-    ACCELERATE_USE_CPU=true leaves GPUs alone. pretrained: whether `--model` is given.
+    pretrained: whether `--model` is given.
     tracker: what `--track` names; out: the run's folder, where it writes.
 
     Hugging Face's warnings and loading bars are turned off here, for training and evaluation.
     """
-    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
-    cpu = cpu or not torch.cuda.is_available()
+    cpu = _on_cpu()
+    join_processes()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     # It warns at each save that tied weights are saved once.
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    waits = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # for a process that clones
     return Accelerator(
         cpu=cpu,
         mixed_precision="bf16" if computes_in_bfloat16(cpu, pretrained) else "no",
-        kwargs_handlers=[waits],
         log_with=tracker,
         project_dir=out,
     )
+
+
+def _on_cpu():
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
+    return asked or not torch.cuda.is_available()
 
 
 def is_sharded(accelerator):
@@ -213,18 +235,93 @@ def normalize_global(adv, where, scale=True):
     return mine.view_as(adv)
 
 
+# ---- meeting and ending ------------------------------------------------------------------------
+
+
+@functools.cache
+def _group(purpose):
+    """A group of all processes on the CPU, made by all at once. Only gloo's barrier names the
+    processes that do not come."""
+    return torch.distributed.new_group(backend="gloo")
+
+
+def meet(accelerator, what, wait=None):
+    """Wait until all processes have done `what`, at most `wait` (STUCK) longer than this one.
+
+    ConfigError names those that have not.
+    """
+    if accelerator.num_processes == 1:
+        return
+    wait = wait or STUCK
+    # The main process waits for each other one, and those for it: longer, so that it can name one.
+    limit = wait if accelerator.is_main_process else 2 * wait + AGREE
+    try:
+        torch.distributed.monitored_barrier(_group("meet"), timeout=limit, wait_all_ranks=True)
+    except RuntimeError as error:
+        found = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
+        if accelerator.is_main_process and not found:  # its connection is closed
+            raise ConfigError(
+                f"another process ended before it had finished {what}: look at what it said last"
+            ) from None
+        who = found[1] if accelerator.is_main_process else "0"
+        raise ConfigError(
+            f"process {who} of {accelerator.num_processes} (the first is 0) died, or did not "
+            f"finish {what} within {limit.total_seconds() / 60:.3g} minutes of process "
+            f"{accelerator.process_index}: look at what it said last"
+        ) from None
+
+
+@contextmanager
+def exchange_errors(accelerator):
+    """ConfigError that names the process that died or hangs, where an exchange with it fails."""
+    try:
+        yield
+    except RuntimeError as error:
+        if accelerator.num_processes > 1 and "gloo" in str(error):
+            meet(accelerator, "its part of an exchange", AGREE)
+        raise
+
+
 def say(accelerator, text):
     """Print once, above the progress bar."""
     if accelerator.is_main_process:
         tqdm.write(text)
 
 
+def end(error, accelerator):
+    """Say in one line what ended the run, and end this process with exit code 2.
+
+    The main process says it, and any other one that fails while the main process does not.
+    """
+    if accelerator.is_main_process:
+        fail(error)
+    if accelerator.num_processes == 1:
+        sys.exit(2)
+    try:
+        torch.distributed.monitored_barrier(_group("end"), timeout=AGREE)
+    except RuntimeError:  # the main process fails alone, or this one does
+        if not accelerator.is_main_process:
+            fail(error)
+    leave(2)
+
+
+def fail(sentence):
+    """Print in one line what is wrong and return exit code 2."""
+    print(f"error: {' '.join(str(sentence).split())}", file=sys.stderr, flush=True)
+    return 2
+
+
+def leave(code):
+    """End one of many processes at once: gloo's threads outlive their group, and one that frees
+    its last tensor while Python shuts down aborts a process that was done."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def finish(accelerator):
-    """The end of a run. Of many processes each ends at once: gloo's threads outlive their group,
-    and one that frees its last tensor while Python shuts down aborts a process that was done."""
+    """The end of a run."""
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if accelerator.num_processes > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        leave(0)

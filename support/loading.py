@@ -16,6 +16,7 @@ from support import lora
 from support.arguments import read_config, read_settings
 from support.check_config import check
 from support.cloning import HEADS, clone_expert
+from support.distributed import LONG, check_sharding, meet
 from support.gguf import model_folder
 from support.model_check import check_model
 from support.world_check import try_world
@@ -36,6 +37,17 @@ def check_world_and_model(config):
         check_model(config)
 
 
+def check_processes(config, accelerator):
+    """ConfigError where a run's processes have no episodes, or shard what cannot be sharded."""
+    tasks = config.episodes // config.group_size
+    if tasks < accelerator.num_processes:
+        raise ConfigError(
+            f"--episodes {config.episodes} in groups of {config.group_size} leave some of "
+            f"the {accelerator.num_processes} processes without one"
+        )
+    check_sharding(config, accelerator)
+
+
 def load_policy(config, out, pool, accelerator):
     """-> (ActorCritic, tokenizer, reference or None), on the CPU.
 
@@ -46,7 +58,7 @@ def load_policy(config, out, pool, accelerator):
     if config.bc_episodes and not (start / "config.json").exists():
         if accelerator.is_main_process:
             clone_expert(config, out, pool, accelerator, _load_pretrained(config))
-        accelerator.wait_for_everyone()
+        meet(accelerator, "the cloning", LONG)
     tokenizer = load_tokenizer(start)
     torch.manual_seed(config.seed)
     critic = config.critic if config.has_critic else "none"

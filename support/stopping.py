@@ -12,6 +12,8 @@ import threading
 
 from accelerate.utils import gather_object
 
+from support.distributed import leave
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -81,7 +83,7 @@ class Stopping:
         return "stopped before anything was saved: the same command begins again, cloning included"
 
 
-def leave(stopped, accelerator):
+def end_stopped(stopped, accelerator):
     """Say how the run goes on, and end the process with the signal's exit code."""
     if accelerator.is_main_process:
         print(stopped, file=sys.stderr)
@@ -89,6 +91,4 @@ def leave(stopped, accelerator):
         tracker.finish()
     if accelerator.num_processes == 1:
         sys.exit(stopped.code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(stopped.code)  # as `distributed.finish` does; the others may be anywhere
+    leave(stopped.code)  # the others may be anywhere

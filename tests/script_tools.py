@@ -46,22 +46,28 @@ def environment(**more):
     }
 
 
-def script(name, *words, cwd, timeout=300):
+def script(name, *words, cwd, timeout=1200, **more):
     """Run a script of the repository -> .code, .out, .err."""
     command = [sys.executable, str(ROOT / name), *map(str, words)]
     done = subprocess.run(
-        command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout
+        command, cwd=cwd, env=environment(**more), capture_output=True, text=True, timeout=timeout
     )
     return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
 
 
-def two_processes(*words, timeout=300, **more):
+LAUNCHERS = {  # their words, the port last
+    "torchrun": "torch.distributed.run --nproc_per_node 2 --master_addr 127.0.0.1 --master_port",
+    "accelerate launch": "accelerate.commands.launch --multi_gpu --num_processes 2 "
+    "--num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port",
+}
+
+
+def two_processes(*words, launcher="torchrun", timeout=1200, **more):
     """Run a script in two processes on the CPU -> .code, .out, .err."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_addr", "127.0.0.1", "--master_port", str(port), *map(str, words)]
+    command = [sys.executable, "-m", *LAUNCHERS[launcher].split(), str(port), *map(str, words)]
     done = subprocess.run(
         command,
         env=environment(GLOO_SOCKET_IFNAME="lo", **more),

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import pickle
 import random
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ import train
 from conftest import tiny_config
 from distributed_worker import play
 from script_tools import (
+    LAUNCHERS,
     ROOT,
     actor_of,
     assert_same_run,
@@ -259,14 +261,73 @@ def test_train_py_in_two_processes(trained, tmp_path, capfd, monkeypatch):
     assert "nothing is left to do" in capfd.readouterr().out
 
 
-def test_refusals_in_two_processes_are_said_once(tmp_path):
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_refusals_in_two_processes_are_said_once(tmp_path, launcher):
+    """Of the run's folder, which one process looks at, and of a flag, which all read. A process
+    exits with 2; the launchers themselves exit with 1."""
     (tmp_path / "thesis.txt").write_text("ten years of work")
     before = tree(tmp_path)
-    done = two_processes(ROOT / "train.py", *flags(tmp_path))
+    for words, said in (
+        (flags(tmp_path), f"{tmp_path} exists and is not a run of this script"),
+        (["--lr", "nan"], "--lr must be a finite number"),
+    ):
+        done = two_processes(ROOT / "train.py", *words, launcher=launcher)
+        assert done.code == 1
+        codes = set(re.findall(r"exitcode +: (\S+)", done.err))
+        assert {"2"} <= codes <= {"2", "-15"}  # torchrun may be faster to end the other
+        assert done.err.count("error: ") == 1
+        assert f"error: {said}" in done.err
+        assert tree(tmp_path) == before
+
+
+HARMED = """
+import os, signal, sys, time
+from datetime import timedelta
+sys.path.insert(0, {root!r})
+import train
+from envs import WorldError
+from support import distributed
+distributed.STUCK = timedelta(seconds={wait})
+distributed.AGREE = timedelta(seconds=3)
+collect = train.collect
+def harmed(*words):
+    if os.environ["RANK"] == "1":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun need not wait
+        {harm}
+    return collect(*words)
+train.collect = harmed
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    "harm, wait, said",
+    [
+        ("time.sleep(600)", 3, r"process 1 of 2 .* did not finish its rollout within 0\.05 min"),
+        ("os._exit(7)", 900, "another process ended before it had finished its rollout"),
+        ("raise WorldError('task 3 failed twice')", 900, "task 3 failed twice"),
+    ],
+)
+def test_one_of_two_processes_hangs_dies_or_fails(stopped, harm, wait, said):
+    """It is named, or says why itself, and the run ends."""
+    path = stopped.parent / "harmed.py"
+    path.write_text(HARMED.format(root=str(ROOT), harm=harm, wait=wait))
+    done = two_processes(path, *flags(stopped))
     assert done.code != 0
-    assert done.err.count("error: ") == 1
-    assert f"{tmp_path} exists and is not a run of this script" in done.err
-    assert tree(tmp_path) == before
+    if "exit" not in harm or "error: " in done.err:  # torchrun may be faster, and names it too
+        assert len(re.findall(f"error: {said}", done.err)) == 1, done.err[-3000:]
+    assert "Error:" not in done.err.replace("ChildFailedError:", "")
+
+
+def test_an_exchange_that_fails_names_the_process(monkeypatch):
+    """Of one process, and of other errors, nothing is said."""
+    met = []
+    monkeypatch.setattr(distributed, "meet", lambda *words: met.append(words[0].num_processes))
+    for processes, text in ((2, "CUDA error"), (1, "gloo: timed out"), (2, "gloo: timed out")):
+        with pytest.raises(RuntimeError, match=text):
+            with distributed.exchange_errors(SimpleNamespace(num_processes=processes)):
+                raise RuntimeError(text)
+    assert met == [2]
 
 
 def test_many_processes_leave_without_taking_python_apart(monkeypatch):

@@ -28,6 +28,7 @@ import envs
 import eval as evaluation
 import hiper
 import train
+from config import ConfigError
 from conftest import tiny_config
 from script_tools import (
     FLAGS,
@@ -43,7 +44,7 @@ from script_tools import (
     script,
     tree,
 )
-from support import checkpoint, cloning, files
+from support import checkpoint, cloning, distributed, files, loading
 from support.arguments import read_config
 from support.distributed import make_accelerator, prepare
 from support.loading import make_optimizer
@@ -72,6 +73,7 @@ def test_training_writes_what_it_promises(trained):
     versions = settings.pop("versions")
     assert {"python", "torch", "transformers", "accelerate", "numpy"} <= versions.keys()
     assert versions["torch"] == torch.__version__
+    assert settings.pop("counts") == {"processes": 1, "threads": 1}
     assert settings == dataclasses.asdict(read_config(flags("run")))
     assert settings.items() >= {**FLAGS, "out": "run"}.items()
     if "curve.png" in os.listdir(trained.out):
@@ -450,7 +452,7 @@ def test_an_optimizer_that_cannot_be_had_is_refused(
     monkeypatch, tmp_path, capsys, spec, sharded, said
 ):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    monkeypatch.setattr(train, "is_sharded", lambda accelerator: sharded)
+    monkeypatch.setattr(distributed, "is_sharded", lambda accelerator: sharded)
     with pytest.raises(SystemExit) as exit:
         train.main(flags(tmp_path / "run", optimizer="adamw8bit"))
     assert exit.value.code == 2
@@ -458,14 +460,10 @@ def test_an_optimizer_that_cannot_be_had_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_more_processes_than_groups_are_refused(monkeypatch, tmp_path, capsys):
+def test_more_processes_than_groups_are_refused(tmp_path):
     many = SimpleNamespace(num_processes=5)
-    monkeypatch.setattr(train, "make_accelerator", lambda *_: many)
-    with pytest.raises(SystemExit) as exit:
-        train.main(flags(tmp_path / "run"))
-    assert exit.value.code == 2
-    assert "5 processes" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match="5 processes"):
+        loading.check_processes(read_config(flags(tmp_path / "run")), many)
 
 
 def test_the_scripts_themselves_refuse_with_exit_code_2(place):

@@ -5,21 +5,28 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 
+import envs
+import soak
 import train
 from config import ConfigError
+from conftest import tiny_config
+from random_play import play_episode
 from reliability_tools import LOG, can_mount, fill_disks, kill_at_operations, make_tiny_run
 from script_tools import (
+    FLAGS,
     ROOT,
     actor_of,
     assert_same_run,
@@ -27,9 +34,10 @@ from script_tools import (
     flags,
     metrics_of,
     saved_iteration,
+    script,
     tree,
 )
-from support import checkpoint, files, stopping
+from support import checkpoint, cloning, files, stopping
 from support.distributed import prepare
 from support.loading import make_optimizer
 from support.metrics import format_episode
@@ -98,6 +106,25 @@ def test_a_checkpoint_that_does_not_fit_is_not_called_damaged(saved):
         checkpoint.load_checkpoint(out, run)
 
 
+def test_a_checkpoint_runs_no_code(saved):
+    """Someone has put a program into the optimizer's state, and a checksum that fits."""
+    run, out = saved
+    place = out / "ran"
+
+    class Program:
+        def __reduce__(self):
+            return place.touch, ()
+
+    file = out / "checkpoint" / "optimizer.bin"
+    torch.save(Program(), file)
+    content = checkpoint._read_run(out / "checkpoint")
+    content["files"]["optimizer.bin"] = files.sha256(file)
+    checkpoint._write_run(out / "checkpoint", content)
+    with pytest.raises(ConfigError, match="whole but does not fit this run"):
+        checkpoint.load_checkpoint(out, run)
+    assert not place.exists()
+
+
 def test_files_are_synced_before_they_take_a_place(saved, monkeypatch):
     """Each file of the checkpoint and of the actor, and their folders, before the rename; the
     folder that holds the names, after it."""
@@ -118,6 +145,19 @@ def test_files_are_synced_before_they_take_a_place(saved, monkeypatch):
         assert {str(out / f"{name}.tmp"), str(out / f"{name}.tmp" / file)} <= set(before)
     assert str(out / "checkpoint.tmp" / "run.json") in renamed["checkpoint.tmp checkpoint"]
     assert str(out) in synced[len(renamed["checkpoint.tmp checkpoint"]) :]
+
+
+def test_a_clone_is_synced_before_it_takes_its_place(tmp_path, monkeypatch):
+    """What a clone that was cut short has left is not part of it."""
+    synced = []
+    monkeypatch.setattr(files, "sync", lambda path: synced.append(path.name))
+    (tmp_path / "start.tmp").mkdir()
+    (tmp_path / "start.tmp" / "half").write_text("x")
+    with envs.EnvPool("household") as pool:
+        cloning.clone_expert(tiny_config(bc_episodes=2), tmp_path, pool, Accelerator(cpu=True))
+    assert {"model.safetensors", "tokenizer.json", "start.tmp"} <= set(synced)
+    assert (tmp_path / "start" / "model.safetensors").exists()
+    assert not (tmp_path / "start" / "half").exists()
 
 
 def test_a_folder_that_cannot_be_removed_does_not_stop_a_save(saved, monkeypatch):
@@ -275,7 +315,7 @@ def test_a_signal_in_the_cloning_says_what_is_lost(tmp_path):
         wait_for(out / "config.json", process)
         time.sleep(3)
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=20)
+        _, said = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 143
@@ -322,6 +362,29 @@ def test_where_there_are_no_locks_a_run_is_not_stopped(tmp_path, monkeypatch):
     checkpoint.lock(tmp_path).close()
 
 
+# ---- the same run again ------------------------------------------------------------------------
+
+
+def test_the_order_of_sets_shapes_no_run(trained, tmp_path):
+    """Another process, in which Python hashes text in another way: the same clone, the same run."""
+    done = script("train.py", *flags("run"), cwd=tmp_path, PYTHONHASHSEED="1")
+    assert done.code == 0, done.err
+    assert tree(tmp_path / "run" / "start") == tree(trained.out / "start")
+    assert_same_run(tmp_path / "run", trained.out)
+
+
+def test_the_lock_file_is_that_of_the_requirements():
+    """The same versions, a hash for each package, and no address of an index."""
+    text = (ROOT / "requirements.lock").read_text()
+    wanted = re.findall(r"^\S+==[^\s#]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    packages = re.split(r"\n(?=[a-z])", text)[1:]
+    assert {pin.lower() for pin in wanted} <= {package.split()[0] for package in packages}
+    assert len(wanted) == 8
+    assert all("--hash=sha256:" in package for package in packages)
+    assert "://" not in text
+    assert "--index" not in text
+
+
 # ---- hostile text ------------------------------------------------------------------------------
 
 
@@ -341,7 +404,29 @@ def test_nothing_of_a_world_steers_the_terminal():
     assert "\nshelf é" in shown
 
 
-# ---- bounded forms of tests/long ---------------------------------------------------------------
+# ---- bounded forms of tests/long, tests/random_play.py and tests/soak.py ------------------------
+
+
+@pytest.mark.parametrize("world, episodes", [("household", 150), ("webshop", 25)])
+def test_random_play(world, episodes, monkeypatch):
+    monkeypatch.delenv("WEBSHOP_DATA", raising=False)  # made-up products
+    if world == "webshop":
+        pytest.importorskip("rapidfuzz", reason="rapidfuzz is not installed")
+    played = Counter()
+    for number in range(episodes):
+        played.update(play_episode(world, number))
+    assert played["won"] and played["steps"] > played["won"]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
+def test_a_short_soak(tmp_path, monkeypatch):
+    """A few iterations, seen from outside: nothing is left, and no file stays open."""
+    monkeypatch.setattr(soak, "SETTINGS", {**FLAGS, "iterations": 8})
+    rows, code, left = soak.soak(60, tmp_path / "run", ["--eval_episodes", "2"])
+    seen = soak.summarize(rows, code, left)
+    assert (seen["exit_code"], seen["processes_left"]) == (0, 0)
+    assert seen["files"][1] <= seen["files"][0] + 2  # one may just be written
+    assert seen["processes"][1] <= seen["processes"][0]
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import threading
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
@@ -242,7 +243,7 @@ def normalize_global(adv, where, scale=True):
 def _group(purpose):
     """A group of all processes on the CPU, made by all at once. Only gloo's barrier names the
     processes that do not come."""
-    return torch.distributed.new_group(backend="gloo")
+    return torch.distributed.new_group(backend="gloo", timeout=3 * LONG)
 
 
 def meet(accelerator, what, wait=None):
@@ -255,20 +256,40 @@ def meet(accelerator, what, wait=None):
     wait = wait or STUCK
     # The main process waits for each other one, and those for it: longer, so that it can name one.
     limit = wait if accelerator.is_main_process else 2 * wait + AGREE
-    try:
-        torch.distributed.monitored_barrier(_group("meet"), timeout=limit, wait_all_ranks=True)
-    except RuntimeError as error:
-        found = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
-        if accelerator.is_main_process and not found:  # its connection is closed
-            raise ConfigError(
-                f"another process ended before it had finished {what}: look at what it said last"
-            ) from None
-        who = found[1] if accelerator.is_main_process else "0"
+    problem = _barrier("meet", limit)
+    if problem is None:
+        return
+    found = re.search(r"Ranks? ([\d, ]+) failed to pass", problem)
+    if accelerator.is_main_process and not found:  # its connection is closed
         raise ConfigError(
-            f"process {who} of {accelerator.num_processes} (the first is 0) died, or did not "
-            f"finish {what} within {limit.total_seconds() / 60:.3g} minutes of process "
-            f"{accelerator.process_index}: look at what it said last"
-        ) from None
+            f"another process ended before it had finished {what}: look at what it said last"
+        )
+    who = found[1] if accelerator.is_main_process else "0"
+    raise ConfigError(
+        f"process {who} of {accelerator.num_processes} (the first is 0) died, or did not "
+        f"finish {what} within {limit.total_seconds() / 60:.3g} minutes of process "
+        f"{accelerator.process_index}: look at what it said last"
+    )
+
+
+def _barrier(purpose, limit):
+    """Wait for all processes, at most `limit` -> None, or what went wrong.
+
+    In a thread, since gloo keeps to the limit on the first process only.
+    """
+    problems = ["no answer"]
+
+    def wait():
+        try:
+            torch.distributed.monitored_barrier(_group(purpose), timeout=limit, wait_all_ranks=True)
+            problems[0] = None
+        except RuntimeError as error:
+            problems[0] = str(error)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    thread.join(limit.total_seconds() + 5)  # the first process's own limit comes first
+    return problems[0]
 
 
 @contextmanager
@@ -297,11 +318,8 @@ def end(error, accelerator):
         fail(error)
     if accelerator.num_processes == 1:
         sys.exit(2)
-    try:
-        torch.distributed.monitored_barrier(_group("end"), timeout=AGREE)
-    except RuntimeError:  # the main process fails alone, or this one does
-        if not accelerator.is_main_process:
-            fail(error)
+    if _barrier("end", AGREE) and not accelerator.is_main_process:  # the main one does not fail
+        fail(error)
     leave(2)
 
 

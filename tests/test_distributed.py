@@ -290,11 +290,11 @@ from support import distributed
 distributed.STUCK = timedelta(seconds={wait})
 distributed.AGREE = timedelta(seconds=3)
 collect = train.collect
-def harmed(*words):
+def harmed(*words, **more):
     if os.environ["RANK"] == "1":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun need not wait
         {harm}
-    return collect(*words)
+    return collect(*words, **more)
 train.collect = harmed
 train.main(sys.argv[1:])
 """

@@ -3,7 +3,7 @@
     python tests/soak.py MINUTES FOLDER [--flag value ...]      flags of train.py
 
 The run saves in each iteration. At the end it is asked to stop (SIGTERM). What is printed: the
-slope of its memory in its second half, open files, and what it leaves behind.
+slope of its memory after its first third, open files, and what it leaves behind.
 """
 
 import contextlib
@@ -14,8 +14,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-
-import numpy as np
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {
@@ -81,13 +79,13 @@ def session(leader):
 
 
 def summarize(rows, code, left):
-    half = rows[len(rows) // 2 :]
-    x = [row["iteration"] for row in half]
-    slope = 100 * np.polyfit(x, [row["memory"] for row in half], 1)[0] if len(half) > 2 else None
+    """Memory goes up and down within an iteration: the lowest of each third of the run counts."""
+    thirds = [rows[n * len(rows) // 3 : (n + 1) * len(rows) // 3] for n in range(3)]
+    low = [min((row["memory"] for row in third), default=0.0) for third in thirds]
     return {
         "iterations": rows[-1]["iteration"],
-        "memory_mb": [round(rows[n]["memory"]) for n in (0, len(rows) // 2, -1)],
-        "mb_per_100_iterations": None if slope is None else round(float(slope), 2),
+        "lowest_memory_mb": [round(value, 1) for value in low],
+        "mb_per_100_iterations": round(300 * (low[2] - low[1]) / rows[-1]["iteration"], 2),
         **{name: [rows[0][name], rows[-1][name]] for name in ("files", "threads", "processes")},
         "exit_code": code,
         "processes_left": len(left),

@@ -425,7 +425,7 @@ def test_a_short_soak(tmp_path, monkeypatch):
     rows, code, left = soak.soak(60, tmp_path / "run", ["--eval_episodes", "2"])
     seen = soak.summarize(rows, code, left)
     assert (seen["exit_code"], seen["processes_left"]) == (0, 0)
-    assert seen["files"][1] <= seen["files"][0] + 2  # one may just be written
+    assert seen["files"][1] <= seen["files"][0] + 4  # some may just be written
     assert seen["processes"][1] <= seen["processes"][0]
 
 

@@ -29,9 +29,10 @@ from transformers.utils import logging
 
 import envs
 from config import EVAL_TEMPERATURE, ConfigError
-from eval import choose_tasks, fail
+from eval import choose_tasks
 from rollout import collect
 from support.check_config import check
+from support.distributed import fail
 from support.loading import load_actor, load_run, load_tokenizer
 from support.metrics import wilson_interval
 

@@ -32,7 +32,7 @@ from transformers.utils import logging
 from benchmarks import audit_lab as lab
 from benchmarks import audit_oracle as oracle
 from config import ConfigError
-from eval import fail
+from support.distributed import fail
 from support.gguf import SMOLLM2
 
 WAYS = {  # name -> (settings, Accelerator's precision, processes, largest difference allowed)

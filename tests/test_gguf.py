@@ -163,7 +163,7 @@ def test_masks_of_what_the_model_writes(smollm2):
             for kind in kinds.tolist()
         )
         assert switch.startswith("<switch>SWITCH</switch")
-        assert subgoal.lstrip(">").startswith("<subgoal>find mug</subgoal")
+        assert "subgoal>find mug</subgoal" in subgoal  # one token holds the `><` between two blocks
         assert decision.action in action
 
 

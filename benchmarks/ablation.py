@@ -252,7 +252,9 @@ def show(out):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--quick", action="store_true", help="one seed of four methods")
     parser.add_argument("--show", action="store_true", help="run nothing")

@@ -258,7 +258,9 @@ def summary(values, draws=2000):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--worlds", type=int, default=16)
     parser.add_argument("--episodes", type=int, default=1000, help="sampled in each world")

@@ -239,7 +239,9 @@ def show(out):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--show", action="store_true", help="run nothing")
     parser.add_argument("--seeds", type=int, default=8, help="of each cell")

@@ -295,7 +295,9 @@ def show(result):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("out", type=Path, help="the --out folder of a training run")
     parser.add_argument("--start", action="store_true", help="before training: the start model")

@@ -11,7 +11,8 @@ are a ladder of horizons. The page is one of memory, like the household's:
 Distances are in steps, as the agent stands now. `See` lists what is in view, the nearest first;
 `Recall` doors and what the mission names, seen earlier; `Unseen` the nearest cell not seen yet;
 `Done` the parts of the mission that are done. Differences from minigrid:
-  1. The step limit is the ladder's, about twice what the bot needs at most, else minigrid's.
+  1. The step limit is the ladder's, three times what the bot needs on average or more; else
+     minigrid's.
   2. Names in one word (`redball`) with `one_word`, for the tiny agent.
   3. The reward is 1.0 for success, however long it took.
 
@@ -40,10 +41,10 @@ LEVELS = {  # level -> step limit
     "GoToLocal": 20,
     "PickupLoc": 25,
     "PutNextLocal": 40,
-    "GoToSeqS5R2": 45,
-    "Open": 150,
-    "GoTo": 150,
-    "Pickup": 150,
+    "GoToSeqS5R2": 60,
+    "Open": 250,
+    "GoTo": 250,
+    "Pickup": 250,
     "UnblockPickup": 250,
     "Synth": 250,
     "GoToSeq": 300,

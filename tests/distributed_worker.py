@@ -214,7 +214,7 @@ def in_bfloat16(given, folder, kind):
 
 def whole_runs(folder):
     """train.py's `main` under FSDP2: a run, and one that goes on from its second checkpoint."""
-    train.make_accelerator = lambda *_: make_accelerator("fsdp")
+    train.make_accelerator = lambda *_, **__: make_accelerator("fsdp")
     train.finish = lambda accelerator: (accelerator.free_memory(), accelerator.wait_for_everyone())
     words = {"eval_episodes": 2, "gradient_checkpointing": True}
     train.main(flags(folder / "run", **words))

@@ -101,7 +101,11 @@ def test_every_flipped_bit_is_noticed(saved, capsys):
 
 def test_a_checkpoint_that_does_not_fit_is_not_called_damaged(saved):
     run, out = saved
-    run.accelerator.load_state = lambda folder: (_ for _ in ()).throw(RuntimeError("size mismatch"))
+
+    def load_state(folder, strict):
+        raise RuntimeError("size mismatch")
+
+    run.accelerator.load_state = load_state
     with pytest.raises(ConfigError, match="whole but does not fit this run: size mismatch"):
         checkpoint.load_checkpoint(out, run)
 

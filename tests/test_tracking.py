@@ -145,7 +145,7 @@ def test_a_run_that_is_stopped_closes_its_tracker(tmp_path):
     accelerator = Accelerator(cpu=True, log_with=recorder)
     tracking.start(accelerator, plain_config(out=str(tmp_path)), 0)
     with pytest.raises(SystemExit):
-        stopping.leave(stopping.Stopped(15, "stopped"), accelerator)
+        stopping.end_stopped(stopping.Stopped(15, "stopped"), accelerator)
     assert recorder.finished
 
 

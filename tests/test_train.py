@@ -403,7 +403,7 @@ def test_a_run_goes_on_with_more_iterations(trained, tmp_path, capfd):
         ("--model mine", "mine"),
         ("--learning_rate 1", "--learning_rate"),
         ("--lr much", "much"),
-        ("--iteration 4", "'iterations'"),
+        ("--iteration 4", "'--iterations'"),
         ("typo.yaml", "learning_rate"),
         ("missing.yaml", "missing.yaml"),
         ("broken.yaml", "broken.yaml"),

@@ -34,6 +34,7 @@ try:
 except ImportError:  # optional: World says so
     GenericEnvClient = None
 
+MORE = "let it take more sessions, or lower --num_envs"
 URLS = ("http://", "https://", "ws://", "wss://")
 
 
@@ -147,12 +148,14 @@ class OpenEnv:
             return method(*arguments, **keywords)
         except TimeoutError:
             reason = f"no answer within {self.timeout_s:g} s"
-        except (OSError, WebSocketException) as error:
+        except WebSocketException as error:  # a full server closes, and may say why too late
+            reason = f"{error}: if the server is full, {MORE}"
+        except OSError as error:
             reason = str(error)
         except RuntimeError as error:
             if "CAPACITY_REACHED" not in str(error):
                 raise
-            reason = f"{error}: let it take more sessions, or lower --num_envs"
+            reason = f"{error}: {MORE}"
         self.close()
         raise ConnectionError(reason)
 

@@ -27,7 +27,7 @@ def weights(folder, config):
 
 def test_a_pretrained_model_is_fine_tuned_on_the_demonstrations(trained, tmp_path):
     """From the weights of --model, with its tokenizer; the heads come along; once only."""
-    config = tiny_config(model=str(trained.out / "actor"), bc_episodes=12, max_new_tokens=24)
+    config = tiny_config(model=str(trained.out / "actor"), bc_episodes=24, max_new_tokens=24)
     with envs.EnvPool("household", "train", workers=1) as pool:
         policy, tokenizer, reference = load_policy(config, tmp_path, pool, make_accelerator())
         before = weights(trained.out / "actor", config)

@@ -1,4 +1,5 @@
-"""Every setting: its default and its bounds. support/arguments.py reads and checks them.
+"""Every setting: its default and its bounds. support/arguments.py reads them,
+support/check_config.py checks them.
 
 The defaults of `Config` are the paper's settings for Qwen2.5-1.5B (arXiv:2602.16165). They hold
 where `--model` is given. The tiny agent from scratch has its own, in configs/tiny.yaml.

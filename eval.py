@@ -19,7 +19,6 @@ from rollout import collect
 from support import report, viewer
 from support.arguments import read_eval_arguments
 from support.distributed import LONG, end, finish, join_processes, make_accelerator, meet
-from support.distributed import fail as fail  # for scripts that take it from here
 from support.loading import choose_tasks, load_actor, load_evaluated, load_tokenizer
 from support.metrics import show_evaluation, summarize, write_evaluation
 from support.terminal import Playing

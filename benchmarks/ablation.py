@@ -238,7 +238,12 @@ def show(out):
     """Tables of our lines, of lines of other commits, and of this one's -> the last."""
     if OURS.exists():
         show_table("ours, as committed in benchmarks/results/", read_lines(OURS))
-    lines = read_lines(out / "ablation.jsonl")
+    return show_runs(out, "ablation", show_table, plot)
+
+
+def show_runs(out, name, show_table, plot):
+    """Tables of the lines in out/NAME.jsonl, one per commit; this one's picture -> its lines."""
+    lines = read_lines(out / f"{name}.jsonl")
     current = commit()
     for other in dict.fromkeys(line["commit"] for line in lines if line["commit"] != current):
         some = [line for line in lines if line["commit"] == other]
@@ -246,7 +251,7 @@ def show(out):
     mine = [line for line in lines if line["commit"] == current]
     if mine:
         show_table(f"{out}, this commit: {current[:10]}", mine)
-        plot(mine, out / "ablation.png")
+        plot(mine, out / f"{name}.png")
     return mine
 
 

@@ -31,7 +31,7 @@ from threading import Lock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.ablation import ROOT, clone, commit, read_lines, run_training
+from benchmarks.ablation import ROOT, clone, commit, read_lines, run_training, show_runs
 
 OURS = ROOT / "benchmarks" / "results" / "horizon.jsonl"
 POINTS = {  # (chain, routine) -> episodes of the clone, and of an iteration
@@ -225,16 +225,7 @@ def show(out):
     ours = read_lines(OURS)
     if ours:
         show_table("ours, as committed in benchmarks/results/", ours)
-    lines = [] if out == OURS.parent else read_lines(out / "horizon.jsonl")
-    current = commit()
-    for other in dict.fromkeys(line["commit"] for line in lines if line["commit"] != current):
-        some = [line for line in lines if line["commit"] == other]
-        show_table(f"{out}, another commit: {other[:10]}", some)
-    mine = [line for line in lines if line["commit"] == current]
-    if mine:
-        show_table(f"{out}, this commit: {current[:10]}", mine)
-        plot(mine, out / "horizon.png")
-    return mine
+    return [] if out == OURS.parent else show_runs(out, "horizon", show_table, plot)
 
 
 def main(argv=None):

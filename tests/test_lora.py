@@ -24,7 +24,7 @@ from support.distributed import check_sharding
 from support.loading import make_optimizer
 from test_plan import QWEN, autocast_forward, bytes_of, saved_bytes, small
 from train import main as train
-from update_tools import assert_close, iterate, learn, make_episodes, same, weights
+from update_tools import assert_close, iterate, learn, make_episodes, record_logprobs, same, weights
 
 PEFT = importlib.util.find_spec("peft")
 with_peft = pytest.mark.skipif(not PEFT, reason="pip install peft")
@@ -89,14 +89,7 @@ def test_at_first_the_policy_is_the_reference_and_the_ratio_is_1(
     monkeypatch.setattr(accelerator, "native_amp", True)
     monkeypatch.setattr(accelerator.state, "_mixed_precision", "bf16")
     policy, reference = lora_policy(tiny_actor, critic, dtype=torch.bfloat16)
-    pairs = []
-    policy_loss = hiper.policy_loss
-
-    def recorded(logprobs, old, *rest):
-        pairs.append((logprobs.detach().clone(), old))
-        return policy_loss(logprobs, old, *rest)
-
-    monkeypatch.setattr(hiper, "policy_loss", recorded)
+    pairs = record_logprobs(monkeypatch)
     result = iterate(
         policy,
         tiny_tokenizer,

@@ -25,6 +25,7 @@ from update_tools import (
     make_run,
     plain_config,
     plain_sgd,
+    record_logprobs,
     same,
     score,
     steady,
@@ -522,14 +523,7 @@ def test_the_first_step_has_ratio_1_and_a_fresh_reference_no_kl(
 ):
     """To the last bit, in many micro-batches: the old policy is scored in the update's own. The
     reference of a bfloat16 run is in bfloat16."""
-    pairs = []
-    policy_loss = hiper.policy_loss
-
-    def spy(logprobs, old_logprobs, *args):
-        pairs.append((logprobs.detach(), old_logprobs))
-        return policy_loss(logprobs, old_logprobs, *args)
-
-    monkeypatch.setattr(hiper, "policy_loss", spy)
+    pairs = record_logprobs(monkeypatch)
     with torch.no_grad():
         for name, parameter in tiny_policy.named_parameters():
             if "norm" in name:

@@ -326,6 +326,19 @@ def iterate(
     return Iterated(metrics, weights(run.model), drawn, fits, run)
 
 
+def record_logprobs(monkeypatch):
+    """-> the list to which each call of `hiper.policy_loss` adds its (new, old) log-probs."""
+    pairs = []
+    policy_loss = hiper.policy_loss
+
+    def recorded(logprobs, old, *rest):
+        pairs.append((logprobs.detach().clone(), old))
+        return policy_loss(logprobs, old, *rest)
+
+    monkeypatch.setattr(hiper, "policy_loss", recorded)
+    return pairs
+
+
 def steady(metrics):
     """The metrics that do not depend on the clock, flat."""
     flat = {}

@@ -22,8 +22,11 @@ STRIDE = 101  # from one task of a chain to the next; no multiple of a family's 
 NO_LIMIT = 10**9  # of a room's own steps: the chain counts them
 
 
-class Chain:
-    """One episode. The same (split, index) is always the same rooms and tasks."""
+class Chain(Household):
+    """One episode. The same (split, index) is always the same rooms and tasks.
+
+    A step goes as in one room (`Household.step`); what it changes and shows is this class's own.
+    """
 
     def __init__(self, split, index, max_steps, chain, routine):
         for name, value, least in (("chain", chain, 1), ("routine", routine, 0)):
@@ -48,22 +51,6 @@ class Chain:
         self.page, self.room_info = self.rooms[0].reset()
         return self._page(), self._info()
 
-    def step(self, action):
-        """-> (observation, reward, terminated, truncated, info)."""
-        if self.done:
-            raise RuntimeError("the episode has ended (or not begun): call reset before step")
-        self.steps += 1
-        prefix = "Nothing happens. "
-        if action in self.admissible():
-            prefix = ""
-            self._apply(action)
-        truncated = not self.won and self.steps >= self.max_steps
-        self.done = self.won or truncated
-        return prefix + self._page(), float(self.won), self.won, truncated, self._info()
-
-    def close(self):
-        """Does nothing: there is nothing to release."""
-
     def admissible(self):
         """All commands accepted now."""
         return ["wait"] if self.wait else self._room().admissible()
@@ -85,13 +72,15 @@ class Chain:
             self.wait -= 1
             return
         self.page, _, solved, _, self.room_info = self._room().step(action)
+        self.solved += solved
+        if self._solved():
+            return
         if solved:
-            self.solved += 1
-            self.won = self.solved == len(self.rooms)
-            if not self.won:
-                self.page, self.room_info = self._room().reset()
-        if not self.won:
-            self.wait = self.routine
+            self.page, self.room_info = self._room().reset()
+        self.wait = self.routine
+
+    def _solved(self):
+        return self.solved == len(self.rooms)
 
     def _page(self):
         """The room's page under the time of the episode, with what one room does not have."""

@@ -13,13 +13,13 @@ def world(name):
 
     ValueError for a name that is neither known nor importable.
     """
+    if os.getcwd() not in sys.path:  # also for what an adapter's options name
+        sys.path.append(os.getcwd())
     scheme, colon, rest = name.partition(":")
     if colon and scheme in ADAPTERS:
         return importlib.import_module(ADAPTERS[scheme]).World(rest)
     path = f"worlds.{name}" if name in WORLDS else name
     module = None
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
     if all(path.split(".")):  # import_module takes "./world.py" for something else
         try:
             module = importlib.import_module(path)

@@ -21,8 +21,6 @@ What it returns goes before what was found. It may leave out what was found well
 """
 
 import importlib
-import os
-import sys
 
 NAMES = {
     "text": ("text", "observation", "message", "prompt", "content"),
@@ -61,8 +59,6 @@ def seed_of(split, index, world):
 
 def load(path, what):
     """The object that "module:name" names. ValueError where there is none."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
     module, _, name = str(path).partition(":")
     try:
         return getattr(importlib.import_module(module), name)

@@ -76,8 +76,9 @@ def clone_expert(config, out, pool, accelerator, pretrained=None):
         lora.add_adapters(model, config.lora)
     policy = hiper.ActorCritic(model, "shared").to(accelerator.device)
     set_checkpointing(policy, True)
+    say(accelerator, f"cloning the expert: {len(examples)} turns, {recipe.batch} a step")
     loss = clone(policy, tokenizer, examples, config, recipe, accelerator.autocast)
-    say(accelerator, f"cloned the expert: {len(examples)} turns, loss {loss:.3f} nats per token")
+    say(accelerator, f"cloned: loss {loss:.3f} nats per token")
     set_checkpointing(policy, False)
     temporary = out / "start.tmp"
     shutil.rmtree(temporary, ignore_errors=True)

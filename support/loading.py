@@ -153,6 +153,9 @@ def load_actor(path, config, dtype):
             f"the weights of {path} lack {', '.join(sorted(report['missing_keys'])[:3])}: it is no "
             "whole causal LM"
         )
+    for name, weight in actor.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise ConfigError(f"the weights of {path} are damaged: {name} holds NaN or infinity")
     return actor.eval()
 
 

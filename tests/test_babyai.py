@@ -11,7 +11,7 @@ from support import world_check
 from support.loading import check_world_and_model
 from worlds import babyai
 
-pytest.importorskip("minigrid", reason="pip install minigrid")
+pytest.importorskip("minigrid", reason="pip install -r requirements-babyai.txt")
 
 
 def env(level="GoToLocal", index=0, split="train", **options):
@@ -166,7 +166,7 @@ def test_an_unknown_level_is_one_sentence():
 
 def test_without_minigrid_the_command_that_brings_it(monkeypatch):
     monkeypatch.setattr(babyai, "gymnasium", None)
-    with pytest.raises(ConfigError, match="pip install minigrid"):
+    with pytest.raises(ConfigError, match="requirements-babyai.txt"):
         check_world_and_model(tiny_config(env="babyai"))
 
 

@@ -10,7 +10,7 @@ from conftest import tiny_config
 from support import world_check
 from support.loading import check_world_and_model
 
-gymnasium = pytest.importorskip("gymnasium", reason="pip install gymnasium")
+gymnasium = pytest.importorskip("gymnasium", reason="pip install -r requirements-babyai.txt")
 
 COUNT = '''\
 import gymnasium

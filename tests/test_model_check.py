@@ -129,6 +129,10 @@ def test_weights_that_cannot_be_loaded_are_refused(tiny_actor, tmp_path):
     tiny_actor.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ConfigError, match="lack .*norm"):
         load_actor(tmp_path, tiny_config(), torch.float32)
+    torch.nn.init.constant_(tiny_actor.lm_head.weight[3], torch.nan)
+    tiny_actor.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="embed_tokens.weight holds NaN"):
+        load_actor(tmp_path, tiny_config(), torch.float32)
 
 
 def test_an_end_token_may_be_the_padding_token(tmp_path):

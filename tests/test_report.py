@@ -180,9 +180,11 @@ def test_the_curve_marks_the_warmup_and_names_what_it_draws(tmp_path, monkeypatc
     for line in log["lines"]:
         line.update(episode_length=3.0, switches_per_episode=1.0)
     shown = []
-    monkeypatch.setattr("matplotlib.pyplot.close", shown.append)
-    plots.plot_curves(folder, log)
+    with monkeypatch.context() as patched:
+        patched.setattr("matplotlib.pyplot.close", shown.append)
+        plots.plot_curves(folder, log)
     [figure] = shown
+    sys.modules["matplotlib.pyplot"].close(figure)  # it stays readable
     texts = [text.get_text() for axes in figure.axes for text in axes.texts]
     assert {"50.0", " turns 3.0", " switches 1.0"} <= set(texts)
     assert any("critic warm-up" in text for text in texts)

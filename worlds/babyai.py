@@ -1,6 +1,6 @@
 """BabyAI's grid worlds in words: what the agent sees, as a page of 50 to 70 tokens.
 
-The levels are minigrid's (pip install minigrid): the agent turns, walks, picks up, drops and
+The levels are minigrid's (requirements-babyai.txt): the agent turns, walks, picks up, drops and
 toggles one step at a time, sees seven by seven cells ahead of it, and is paid for what the mission
 says, in the end. `env_options: {"level": "GoToLocal"}` takes any of them, BabyAI-NAME-v0; LEVELS
 are a ladder of horizons. The page is one of memory, like the household's:
@@ -72,7 +72,7 @@ def make(split="train", index=0, level="GoToLocal", max_steps=None, one_word=Fal
     if not 0 <= index < size(split):
         raise IndexError(f"babyai's split {split!r} has tasks 0 to {size(split) - 1}, not {index}")
     if gymnasium is None:
-        raise RuntimeError("babyai needs minigrid: pip install minigrid")
+        raise RuntimeError("babyai needs minigrid: pip install -r requirements-babyai.txt")
     try:
         env = gymnasium.make(f"BabyAI-{level}-v0", disable_env_checker=True).unwrapped
     except gymnasium.error.Error:

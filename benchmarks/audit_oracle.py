@@ -85,8 +85,10 @@ def switch_word(tokenizer, response):
     """The tokens with a character of the word KEEP or SWITCH."""
     starts, text = token_starts(tokenizer, response)
     block = find_block(text, "switch")
+    if not block or block[1].strip() not in ("KEEP", "SWITCH"):
+        return []
     spans = enumerate(zip(starts, [*starts[1:], len(text)], strict=True))
-    return [j for j, (a, b) in spans if block and block.start(1) < b and a < block.end(1)]
+    return [j for j, (a, b) in spans if block.start(1) < b and a < block.end(1)]
 
 
 # ---- advantages --------------------------------------------------------------------------------

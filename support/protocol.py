@@ -97,6 +97,7 @@ def format_flat_response(thought, action):
 # ---- parser ------------------------------------------------------------------------------------
 
 KINDS = ("switch", "subgoal", "action")
+SWITCH_WORDS = ("KEEP", "SWITCH")
 # A well-formed block: the tags of one kind, and none of the three kinds' tags between them.
 # Bytes, so that `parse` and `decision_masks` use the same pattern and cannot disagree.
 _PATTERN = rb"<%s>([^<]*(?:<(?!/?(?:switch|subgoal|action)>)[^<]*)*)</%s>"
@@ -124,7 +125,7 @@ def parse(text):
     body = {kind: _body(block) for kind, block in blocks.items()}
     errors = [_block_error(raw, kind, blocks[kind], body[kind]) for kind in KINDS]
     error = next((text for text in errors if text), "")
-    if not error and body["switch"] not in ("KEEP", "SWITCH"):
+    if not error and body["switch"] not in SWITCH_WORDS:
         error = f"<switch> holds {body['switch'][:20]!r}, not KEEP or SWITCH"
     if not error:
         ends = [place for kind in KINDS for place in blocks[kind].span()]
@@ -217,12 +218,13 @@ def switch_words(ids, lengths, tokenizer):
     """bool [N, L]: the tokens that hold a part of the word KEEP or SWITCH.
 
     Their probability is pi(q). How the tags are written, and joined to what follows (`><`, `>\\n`),
-    is style: a model that is sure to switch may be unsure of that.
+    is style: a model that is sure to switch may be unsure of that. Another word is no decision.
     """
     ids, lengths = torch.as_tensor(ids), torch.as_tensor(lengths)
     starts, texts = _byte_offsets(ids, lengths, tokenizer)
     blocks = [BLOCK["switch"].search(text) for text in texts]
-    words = torch.tensor([block.span(1) if block else (0, 0) for block in blocks])  # [N, 2]
+    spans = [block.span(1) if _body(block) in SWITCH_WORDS else (0, 0) for block in blocks]
+    words = torch.tensor(spans)  # [N, 2]
     first, past = words.to(ids.device).view(len(ids), 2, 1).unbind(1)  # [N, 1] each
     in_response = torch.arange(ids.shape[1], device=ids.device) < lengths.to(ids.device)[:, None]
     ends = pad(starts[:, 1:], (0, 1), value=2**31)  # [N, L]

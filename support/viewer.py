@@ -177,7 +177,7 @@ def page_data(episodes, old, advantages, config, tokenizer, *, has_critic):
     for b, episode in enumerate(episodes):
         turns = []
         for t, turn in enumerate(episode.turns):
-            record = _turn(turn, old, n, batch.samples.masks, tokenizer, texts, tokens)
+            record = _turn(turn, old, n, batch.samples, tokenizer, texts, tokens)
             record["trained"] = _trained(advantages, n, len(turn.response))
             if has_critic:
                 values = [old.v_high[n], old.v_low[n], old.v_switch[n]]
@@ -227,17 +227,17 @@ def flat_gae(batch, old, advantages, config):
     return gae(rewards, batch.mask, v_low, gamma=config.gamma, lam=config.lam_low)[0]
 
 
-def _turn(turn, old, n, masks, tokenizer, texts, tokens):
+def _turn(turn, old, n, samples, tokenizer, texts, tokens):
     """What is known of a turn without a critic."""
     decision = turn.decision
     length = len(turn.response)
     logprobs = old.logprobs[n, :length]
     kinds = ["."] * length
     for kind, letter in LETTERS.items():
-        for i in getattr(masks, kind)[n, :length].nonzero().flatten().tolist():
+        for i in getattr(samples.masks, kind)[n, :length].nonzero().flatten().tolist():
             kinds[i] = letter
-    written = masks.switch[n, :length]
-    p_switch = None  # beta: the probability of SWITCH
+    written = samples.switch_word[n, :length]
+    p_switch = None  # beta: the probability of the word SWITCH
     if written.any():
         p_written = logprobs[written].sum().exp()
         p_switch = _round(p_written if decision.switch else 1 - p_written)

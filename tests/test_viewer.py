@@ -15,6 +15,7 @@ from browser import dump_dom
 from config import ConfigError
 from hae import gae
 from support.pages import as_json, write_page
+from support.protocol import switch_words
 from support.tokens import response_text
 from support.viewer import (
     load_policy_with_critic,
@@ -75,6 +76,12 @@ def test_the_page_shows_what_was_computed(tiny_policy, tiny_tokenizer, episodes,
             assert record["values"] == pytest.approx(
                 [float(old.value(head)[n]) for head in ("high", "low", "switch")], rel=1e-3
             )
+            [word] = switch_words(
+                torch.tensor([turn.response]), torch.tensor([length]), tiny_tokenizer
+            )
+            p_word = float(old.logprobs[n, :length][word].sum().exp())
+            beta = p_word if turn.decision.switch else 1 - p_word
+            assert record["beta"] == (pytest.approx(beta, rel=1e-3) if word.any() else None)
             raw = {"a": advantages.raw["A_action"]}
             if turn.is_segment_start:
                 raw["o"] = advantages.raw["A_subgoal"]

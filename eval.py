@@ -19,7 +19,7 @@ from rollout import collect
 from support import report, viewer
 from support.arguments import read_eval_arguments
 from support.distributed import LONG, end, finish, join_processes, make_accelerator, meet
-from support.loading import choose_tasks, load_actor, load_evaluated, load_tokenizer
+from support.loading import choose_tasks, load_evaluated, load_played, load_tokenizer
 from support.metrics import show_evaluation, summarize, write_evaluation
 from support.terminal import Playing
 
@@ -66,7 +66,7 @@ def main(argv=None):
         tasks = choose_tasks(size, args.episodes)
         accelerator = make_accelerator(pretrained=bool(config.model))
         tokenizer = load_tokenizer(folder)
-        actor = load_actor(folder, config, torch.float32).to(accelerator.device)
+        actor = load_played(folder, config, accelerator)
         played = []
         with accelerator.autocast():
             result = evaluate(

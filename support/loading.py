@@ -62,7 +62,7 @@ def load_policy(config, out, pool, accelerator):
     tokenizer = load_tokenizer(start)
     torch.manual_seed(config.seed)
     critic = config.critic if config.has_critic else "none"
-    half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    half = half_precision(accelerator)
     actor = load_actor(start, config, torch.float32)
     check_output_layer(actor, config)
     reference = None
@@ -79,6 +79,26 @@ def load_policy(config, out, pool, accelerator):
     if config.has_critic and config.bc_episodes:
         policy.value_heads.load_state_dict(load_file(start / HEADS))
     return policy, tokenizer, reference if config.uses_reference else None
+
+
+def load_played(folder, config, accelerator):
+    """The actor in OUT/actor or OUT/best as training plays it, on the device.
+
+    With LoRA that is the start model with the adapter, not the merged weights.
+    """
+    folder = Path(folder)
+    if config.lora and (folder / "adapter").is_dir():
+        lora.check_peft()
+        actor = load_actor(start_folder(config, folder.parent), config, torch.float32)
+        actor = lora.put_adapter(actor, folder / "adapter", half_precision(accelerator))
+    else:
+        actor = load_actor(folder, config, torch.float32)
+    return actor.to(accelerator.device)
+
+
+def half_precision(accelerator):
+    """The dtype of frozen weights: what forward passes compute in."""
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
 
 
 def start_folder(config, out):
@@ -198,7 +218,7 @@ def load_evaluated(args):
         try_world(config)
         check_split(config, args.split)
         return config, folder, {"run": f"{args.out} in {config.env}", "checkpoint": which}
-    config = read_config(args.settings)
+    config = replace(read_config(args.settings), lora=0)  # there is no adapter to play
     check(config)
     check_world_and_model(config)
     check_split(config, args.split)

@@ -39,14 +39,19 @@ def share_weights(model):
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
+def cast_weights(model, dtype):
+    """Another precision of the weights, in place."""
+    for parameter in model.parameters():  # not the buffers: rotary frequencies stay float32
+        parameter.data = parameter.data.to(dtype)
+
+
 def make_policy(model, critic, rank, dtype):
     """A causal LM -> (ActorCritic with adapters, reference), the weights of both being `model`'s.
 
     critic: as in ActorCritic; "shared" puts the value heads on the actor's adapter. dtype: of the
     frozen weights.
     """
-    for parameter in model.parameters():  # not the buffers: rotary frequencies stay float32
-        parameter.data = parameter.data.to(dtype)
+    cast_weights(model, dtype)
     reference = hiper.ActorCritic(share_weights(model), "none")
     backbone = share_weights(model.base_model) if critic == "separate" else None
     actor = add_adapters(model, rank).get_base_model()
@@ -56,8 +61,19 @@ def make_policy(model, critic, rank, dtype):
     return policy, reference
 
 
-def merged_policy(actor, start, config):
-    """ActorCritic of a merged actor, for the value heads and the critic's adapter of a checkpoint.
+def put_adapter(model, folder, dtype):
+    """A start model, in place, as training plays it -> the model with the adapter in `folder`.
+
+    The merged weights are not that: in bfloat16 they round small changes away.
+    """
+    from peft import PeftModel
+
+    cast_weights(model, dtype)
+    return PeftModel.from_pretrained(model, folder).get_base_model().eval()
+
+
+def add_critic(actor, start, config):
+    """ActorCritic of a trained actor, for the value heads and the critic's adapter of a checkpoint.
 
     start: the model that training began with.
     """
@@ -65,6 +81,7 @@ def merged_policy(actor, start, config):
     policy = hiper.ActorCritic(actor, "shared")
     if config.critic == "separate":
         backbone = load_frozen(start, config).base_model
+        cast_weights(backbone, actor.dtype)
         policy.critic = add_adapters(backbone, config.lora).get_base_model()
     return policy
 

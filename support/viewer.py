@@ -22,7 +22,7 @@ from config import ConfigError
 from hae import gae, normalize
 from support.batch import make_batch
 from support.loading import start_folder
-from support.lora import frozen_names, merged_policy
+from support.lora import add_critic, frozen_names
 from support.metrics import format_episode
 from support.pages import write_page
 from support.scoring import compute_logprobs_and_values, micro_batches, score
@@ -111,7 +111,7 @@ def load_policy_with_critic(actor, config, out):
         missing = f"no critic: {out} has no checkpoint"
     else:
         if config.lora:
-            policy = merged_policy(actor, start_folder(config, out), config)
+            policy = add_critic(actor, start_folder(config, out), config)
         else:
             policy = hiper.ActorCritic(actor, config.critic)
         try:

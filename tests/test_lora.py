@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -17,11 +18,11 @@ from config import Config, ConfigError
 from conftest import tiny_config
 from eval import main as evaluate
 from script_tools import actor_of, assert_same_run, metrics_of, saved_iteration, saved_weights
-from support import distributed, lora
+from support import distributed, lora, viewer
 from support import memory_plan as plan
 from support.check_config import check
 from support.distributed import check_sharding
-from support.loading import make_optimizer
+from support.loading import load_played, make_optimizer
 from test_plan import QWEN, autocast_forward, bytes_of, saved_bytes, small
 from train import main as train
 from update_tools import assert_close, iterate, learn, make_episodes, record_logprobs, same, weights
@@ -213,7 +214,7 @@ def test_it_is_evaluated_with_values_of_its_own_critic(run, tmp_path, monkeypatc
     saved = saved_weights(run / "checkpoint")
     config = tiny_config(model="x", lora=4, critic="separate")
     actor = AutoModelForCausalLM.from_pretrained(run / "actor")
-    policy = lora.merged_policy(actor, run / "start", config)
+    policy = lora.add_critic(actor, run / "start", config)
     names = dict(policy.named_parameters())
     assert {n for n in saved if not n.startswith("actor.")} == {
         n for n, p in names.items() if p.requires_grad and not n.startswith("actor.")
@@ -319,3 +320,43 @@ def test_a_run_in_bfloat16_on_the_cpu(monkeypatch, model, tmp_path, rank, capsys
     [line] = metrics_of(out)
     assert line["clip_fraction"] == 0.0
     assert line["kl_to_reference"] == pytest.approx(0.0, abs=0 if rank else 1e-4)
+
+
+@with_peft
+def test_in_bfloat16_evaluation_plays_what_training_played(monkeypatch, model, tmp_path):
+    """To the last bit, with small adapters, of which the merged weights lose most."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    AcceleratorState._reset_state(reset_partial_state=True)
+    runs, policies = [], []
+    make_run, score_episodes = train_module.make_run, viewer.score_episodes
+
+    def make_and_keep(*words):
+        runs.append(make_run(*words))
+        return runs[-1]
+
+    def score_and_keep(policy, *words):
+        policies.append(policy)
+        return score_episodes(policy, *words)
+
+    monkeypatch.setattr(train_module, "make_run", make_and_keep)
+    monkeypatch.setattr(viewer, "score_episodes", score_and_keep)
+    out, result = tmp_path / "run", tmp_path / "result.json"
+    train(words(model, out, 1, lr=1e-4, eval_episodes=4))
+    show = ["--json", str(result), "--html", str(tmp_path / "page.html")]
+    evaluate([str(out), "--episodes", "4", *show])
+    [run], [policy] = runs, policies
+    best = load_played(out / "best", run.config, run.accelerator)
+    merged = AutoModelForCausalLM.from_pretrained(out / "actor").eval()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    ids = torch.arange(40)[None]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        trained = run.model.actor(input_ids=ids).logits
+        assert torch.equal(policy.actor(input_ids=ids).logits, trained)
+        assert torch.equal(best(input_ids=ids).logits, trained)
+        assert not torch.equal(merged(input_ids=ids).logits, trained)
+        values = hiper.last_hidden_state(run.model.critic, ids)
+        assert torch.equal(hiper.last_hidden_state(policy.critic, ids), values)
+    last = json.loads((out / "evals.jsonl").read_text().splitlines()[-1])
+    assert last.pop("iteration") == 1
+    evaluated = json.loads(result.read_text())
+    assert {**evaluated, **last} == evaluated

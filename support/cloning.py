@@ -20,9 +20,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 import envs
 import hiper
 from config import SUCCESS_REWARD
-from rollout import AgentState
 from support import lora
 from support.batch import make_samples
+from support.demonstrations import demonstrated_tasks, demonstrations
 from support.distributed import say
 from support.files import swap_in
 from support.generation import tokenize_prompts, tokenize_texts
@@ -90,119 +90,6 @@ def clone_expert(config, out, pool, accelerator, pretrained=None):
     tokenizer.save_pretrained(temporary)
     save_file(policy.value_heads.state_dict(), temporary / HEADS)
     swap_in(temporary, out / "start")
-
-
-def demonstrated_tasks(size, count, few):
-    """`count` task indices: the first tasks, all again if there are too few; or spread over `few`
-    tasks of the split."""
-    few = min(few, size)
-    if not few:
-        return [n % size for n in range(count)]
-    return [n * few // count * size // few for n in range(count)]
-
-
-# ---- demonstrations ----------------------------------------------------------------------------
-
-
-def demonstrations(
-    pool,
-    tasks,
-    config,
-    *,
-    random_subgoals=0.0,
-    action_noise=0.0,
-    wrong_actions=0.0,
-    disguises=0,
-):
-    """Episodes of the scripted expert -> list of (prompt text, response text, turns to success).
-
-    The last is None in an episode without success. The expert plans badly on purpose: with
-    probability `random_subgoals`, when it switches, it takes any subgoal one could choose now
-    (info["subgoals"]), and shows that one. With probability `action_noise` another action happens
-    than the one it shows, admissible now or earlier, so that the clone sees how to go on after a
-    mistake. With probability `wrong_actions` an action of another episode happens, which mostly
-    fails here. `disguises` further copies follow, each under other names (world.disguise).
-    RuntimeError where the world has no expert, or no `disguise`.
-    """
-    rng = random.Random(config.seed)
-    episodes = []
-    for start in range(0, len(tasks), config.num_envs):
-        part = dict(enumerate(tasks[start : start + config.num_envs]))
-        episodes += _demonstrate(
-            pool,
-            part,
-            config,
-            rng,
-            random_subgoals=random_subgoals,
-            action_noise=action_noise,
-            wrong_actions=wrong_actions,
-        )
-    if disguises and not hasattr(envs.world(pool.name), "disguise"):
-        raise RuntimeError(f"world {pool.name!r} has no `disguise`: leave out `disguises`")
-    copies = [envs.world(pool.name).disguise(episodes, rng) for _ in range(disguises)]
-    return [turn for part in [episodes, *copies] for turns in part for turn in turns]
-
-
-def _demonstrate(pool, tasks, config, rng, *, random_subgoals, action_noise, wrong_actions):
-    """Play {slot: task index} side by side -> one list of turns per episode."""
-    resets = pool.reset(tasks)
-    agents = {slot: AgentState(config, tasks[slot], *resets[slot]) for slot in tasks}
-    seen_actions = {slot: [] for slot in tasks}
-    shown = {slot: [] for slot in tasks}  # (prompt, response) of each turn
-    succeeded = set()
-    while agents:
-        advice = _advice(pool, agents, rng, random_subgoals)
-        agents = {slot: agents[slot] for slot in advice}
-        done = {}
-        for slot, (switch, subgoal, action) in advice.items():
-            state = agents[slot]
-            seen_actions[slot].extend(state.info["admissible"])
-            done[slot] = action
-            if rng.random() < action_noise:
-                done[slot] = rng.choice(seen_actions[slot])
-            if wrong_actions and rng.random() < wrong_actions:
-                done[slot] = rng.choice(rng.choice(list(agents.values())).info["admissible"])
-            if config.prompt == "flat":
-                response = hiper.format_flat_response(subgoal, action)
-            else:
-                response = hiper.format_response(switch, subgoal, action)
-            shown[slot].append((state.prompt(), response))
-        for slot, outcome in pool.step(done).items():
-            switch, subgoal, action = advice[slot]
-            if outcome is None:  # lost with its environment process
-                del agents[slot]
-                continue
-            agents[slot].record_turn(
-                [], [], hiper.Decision(switch, subgoal, action, True, ""), outcome
-            )
-            if outcome[-1]["won"]:
-                succeeded.add(slot)
-        agents = {slot: state for slot, state in agents.items() if not state.ended}
-    return [
-        [
-            (prompt, response, len(turns) - 1 - t if slot in succeeded else None)
-            for t, (prompt, response) in enumerate(turns)
-        ]
-        for slot, turns in shown.items()
-    ]
-
-
-def _advice(pool, agents, rng, random_subgoals):
-    """{slot: (switch, subgoal, action)} of the expert, without episodes it cannot go on with."""
-    try:
-        advice = pool.expert({slot: state.subgoal for slot, state in agents.items()})
-    except AttributeError:
-        raise RuntimeError(f"world {pool.name!r} has no expert to clone: give --model") from None
-    advice = {slot: reply for slot, reply in advice.items() if reply}
-    random_choice = {}
-    for slot, (switch, _, _) in advice.items():
-        choices = agents[slot].info.get("subgoals")
-        if switch and choices and rng.random() < random_subgoals:
-            random_choice[slot] = rng.choice(choices)
-    for slot, reply in pool.expert(random_choice).items():
-        if reply:
-            advice[slot] = (True, *reply[1:])
-    return advice
 
 
 # ---- tokenizer and model -----------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""support/cloning.py: what the demonstrator shows, the tokenizer, and how the expert is cloned."""
+"""support/cloning.py and demonstrations.py: what is shown, the tokenizer, how it is cloned."""
 
 import copy
 import dataclasses

@@ -47,7 +47,7 @@ IN_PROCESS = False
 MAX_STEPS = 50
 # Options of `make` for a tiny agent trained from scratch.
 TINY_AGENT = {"page": True}
-# Keyword arguments of support.cloning.demonstrations for this world.
+# Keyword arguments of support.demonstrations for this world.
 DEMONSTRATOR = {
     "tasks": 200,
     "random_subgoals": 0.7,

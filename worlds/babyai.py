@@ -52,7 +52,7 @@ LEVELS = {  # level -> step limit
     "BossLevel": 400,
 }
 TINY_AGENT = {"one_word": True}
-# Keyword arguments of support.cloning.demonstrations for this world.
+# Keyword arguments of support.demonstrations for this world.
 DEMONSTRATOR = {"random_subgoals": 0.65, "action_noise": 0.25}
 
 ACTIONS = ("turn left", "turn right", "go forward", "pick up", "drop", "toggle")

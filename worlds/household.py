@@ -23,7 +23,7 @@ from worlds.household_rooms import CLOSED, draw_room, kind
 SPLITS = ("train", "seen", "unseen")
 SIZES = {"train": 20_000, "seen": 300, "unseen": 300}
 MAX_STEPS = 15
-DEMONSTRATOR = {"random_subgoals": 0.82, "action_noise": 0.25}  # see support/cloning.py
+DEMONSTRATOR = {"random_subgoals": 0.82, "action_noise": 0.25}  # see support/demonstrations.py
 TIMES_OF_DAY = ("Dawn", "Morning", "Noon", "Evening", "Dusk", "Night")  # of the step limit
 TASKS = {  # ALFWorld's family -> task sentence
     "pick_and_place_simple": "put a {obj} in {dest}",

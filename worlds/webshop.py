@@ -37,7 +37,7 @@ IN_PROCESS = True  # pure Python: envs.EnvPool may keep many of these in one pro
 MAX_STEPS = 15
 # Options of `make` for a tiny agent trained from scratch.
 TINY_AGENT = {"page": True}
-# Keyword arguments of support.cloning.demonstrations for this world.
+# Keyword arguments of support.demonstrations for this world.
 DEMONSTRATOR = {"random_subgoals": 0.9, "action_noise": 0.25}
 
 TEST_SIZE = 500

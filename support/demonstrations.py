@@ -80,13 +80,12 @@ def _demonstrate(pool, tasks, config, rng, *, random_subgoals, action_noise, wro
                 response = hiper.format_response(switch, subgoal, action)
             shown[slot].append((state.prompt(), response))
         for slot, outcome in pool.step(done).items():
-            switch, subgoal, action = advice[slot]
+            switch, subgoal, _ = advice[slot]
             if outcome is None:  # lost with its environment process
                 del agents[slot]
                 continue
-            agents[slot].record_turn(
-                [], [], hiper.Decision(switch, subgoal, action, True, ""), outcome
-            )
+            happened = hiper.Decision(switch, subgoal, done[slot], True, "")
+            agents[slot].record_turn([], [], happened, outcome)
             if outcome[-1]["won"]:
                 succeeded.add(slot)
         agents = {slot: state for slot, state in agents.items() if not state.ended}

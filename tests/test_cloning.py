@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -37,9 +38,10 @@ def make(split="train", index=0):
 """
 
 
-def demonstrate(tasks=range(12), **noise):
+def demonstrate(tasks=range(12), history=0, **noise):
+    config = tiny_config(history=history)
     with envs.EnvPool("household", "train", workers=1) as pool:
-        return demonstrations(pool, list(tasks), CONFIG, **noise)
+        return demonstrations(pool, list(tasks), config, **noise)
 
 
 def shares_that_follow(examples):
@@ -103,6 +105,23 @@ def test_wrong_actions_mostly_change_nothing_and_are_not_shown():
     assert all(hiper.parse(response).valid for _, response, _ in examples)
     assert sum("Nothing happens" in prompt for prompt, *_ in examples) > 5
     assert not any("Nothing happens" in prompt for prompt, *_ in plain)
+
+
+def test_the_history_tells_what_happened(monkeypatch):
+    """Not what was shown, where noise put another action in its place."""
+    step = envs.EnvPool.step
+    taken = []
+
+    def watched(self, actions):
+        taken.append(actions[0])
+        return step(self, actions)
+
+    monkeypatch.setattr(envs.EnvPool, "step", watched)
+    examples = demonstrate([0], history=2, action_noise=0.5, wrong_actions=0.2)
+    shown = [hiper.parse(response).action for _, response, *_ in examples]
+    assert shown != taken
+    for t, (prompt, *_) in enumerate(examples):
+        assert re.findall("You did: (.*)", prompt) == taken[max(0, t - 2) : t]
 
 
 def test_a_worker_lost_while_the_expert_is_asked_again(monkeypatch):

@@ -34,21 +34,21 @@ def demonstrations(
     than the one it shows, admissible now or earlier, so that the clone sees how to go on after a
     mistake. With probability `wrong_actions` an action of another episode happens, which mostly
     fails here. `disguises` further copies follow, each under other names (world.disguise).
+    An episode that is lost with its environment is begun once more, then left out.
     RuntimeError where the world has no expert, or no `disguise`.
     """
     rng = random.Random(config.seed)
+    noise = dict(
+        random_subgoals=random_subgoals, action_noise=action_noise, wrong_actions=wrong_actions
+    )
     episodes = []
     for start in range(0, len(tasks), config.num_envs):
         part = dict(enumerate(tasks[start : start + config.num_envs]))
-        episodes += _demonstrate(
-            pool,
-            part,
-            config,
-            rng,
-            random_subgoals=random_subgoals,
-            action_noise=action_noise,
-            wrong_actions=wrong_actions,
-        )
+        played = _demonstrate(pool, part, config, rng, **noise)
+        lost = {slot: index for slot, index in part.items() if slot not in played}
+        if lost:
+            played.update(_demonstrate(pool, lost, config, rng, **noise))
+        episodes += played.values()
     if disguises and not hasattr(envs.world(pool.name), "disguise"):
         raise RuntimeError(f"world {pool.name!r} has no `disguise`: leave out `disguises`")
     copies = [envs.world(pool.name).disguise(episodes, rng) for _ in range(disguises)]
@@ -56,7 +56,7 @@ def demonstrations(
 
 
 def _demonstrate(pool, tasks, config, rng, *, random_subgoals, action_noise, wrong_actions):
-    """Play {slot: task index} side by side -> one list of turns per episode."""
+    """Play {slot: task index} side by side -> {slot: list of turns}, without lost episodes."""
     resets = pool.reset(tasks)
     agents = {slot: AgentState(config, tasks[slot], *resets[slot]) for slot in tasks}
     seen_actions = {slot: [] for slot in tasks}
@@ -64,7 +64,10 @@ def _demonstrate(pool, tasks, config, rng, *, random_subgoals, action_noise, wro
     succeeded = set()
     while agents:
         advice = _advice(pool, agents, rng, random_subgoals)
-        agents = {slot: agents[slot] for slot in advice}
+        for slot in agents.keys() - advice.keys():
+            del agents[slot]
+            if tasks[slot] in pool.failed:  # else the expert has no more advice
+                del shown[slot]
         done = {}
         for slot, (switch, subgoal, action) in advice.items():
             state = agents[slot]
@@ -82,20 +85,20 @@ def _demonstrate(pool, tasks, config, rng, *, random_subgoals, action_noise, wro
         for slot, outcome in pool.step(done).items():
             switch, subgoal, _ = advice[slot]
             if outcome is None:  # lost with its environment process
-                del agents[slot]
+                del agents[slot], shown[slot]
                 continue
             happened = hiper.Decision(switch, subgoal, done[slot], True, "")
             agents[slot].record_turn([], [], happened, outcome)
             if outcome[-1]["won"]:
                 succeeded.add(slot)
         agents = {slot: state for slot, state in agents.items() if not state.ended}
-    return [
-        [
+    return {
+        slot: [
             (prompt, response, len(turns) - 1 - t if slot in succeeded else None)
             for t, (prompt, response) in enumerate(turns)
         ]
         for slot, turns in shown.items()
-    ]
+    }
 
 
 def _advice(pool, agents, rng, random_subgoals):

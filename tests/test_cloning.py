@@ -10,7 +10,7 @@ import torch
 import envs
 import hiper
 from conftest import tiny_config
-from support import cloning
+from support import cloning, env_workers
 from support.cloning import (
     Recipe,
     clone,
@@ -137,18 +137,36 @@ def test_a_worker_lost_while_the_expert_is_asked_again(monkeypatch):
     assert shares_that_follow(demonstrate(random_subgoals=1.0)) == [1.0, 1.0]
 
 
-def test_a_worker_lost_in_a_step_ends_that_demonstration(monkeypatch):
+def test_a_demonstration_lost_in_a_step_is_left_out(monkeypatch):
     step = envs.EnvPool.step
 
     def lossy(self, actions):
         return {**step(self, actions), 1: None} if 1 in actions else step(self, actions)
 
     plain = demonstrate(range(3))
+    others = demonstrate([0]) + demonstrate([2])
     monkeypatch.setattr(envs.EnvPool, "step", lossy)
-    got = demonstrate(range(3))
-    lost = [example for example in got if example not in plain]
-    assert [turns_left for *_, turns_left in lost] == [None]  # one turn was shown
-    assert len(got) < len(plain)
+    assert demonstrate(range(3)) == others
+    assert len(others) < len(plain)
+
+
+@pytest.mark.parametrize("method", ["step", "expert"])
+def test_a_demonstration_lost_once_is_begun_anew(monkeypatch, method):
+    """All but the second call of a worker's are answered."""
+    call = env_workers.LocalEnvs.call
+    calls = []
+
+    def lossy(self, name, arguments):
+        answers, lost = call(self, name, arguments)
+        calls.append(name)
+        if name == method and calls.count(name) == 3:
+            answers.pop(1)
+            lost = {1: "died"}
+        return answers, lost
+
+    plain = [demonstrate([n]) for n in range(3)]
+    monkeypatch.setattr(env_workers.LocalEnvs, "call", lossy)
+    assert demonstrate(range(3)) == plain[0] + plain[2] + plain[1]
 
 
 def test_disguises_come_after_what_they_disguise(monkeypatch):

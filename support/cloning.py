@@ -5,6 +5,7 @@ made from scratch: a byte-level BPE tokenizer from the world's own words, which 
 one token, and a Qwen2 of about half a million parameters.
 """
 
+import inspect
 import random
 import re
 import shutil
@@ -19,7 +20,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 import envs
 import hiper
-from config import SUCCESS_REWARD
+from config import SUCCESS_REWARD, ConfigError
 from support import lora
 from support.batch import make_samples
 from support.demonstrations import demonstrated_tasks, demonstrations
@@ -61,6 +62,10 @@ def clone_expert(config, out, pool, accelerator, pretrained=None):
     settings = dict(getattr(envs.world(config.env), "DEMONSTRATOR", {}))
     size = envs.size(config.env, pool.split)
     tasks = demonstrated_tasks(size, config.bc_episodes, settings.pop("tasks", 0))
+    try:
+        inspect.signature(demonstrations).bind(pool, tasks, config, **settings)
+    except TypeError as error:
+        raise ConfigError(f"DEMONSTRATOR of world {config.env!r}: {error}") from None
     examples = demonstrations(pool, tasks, config, **settings)
     torch.manual_seed(config.seed)
     if pretrained:

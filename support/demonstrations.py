@@ -4,6 +4,7 @@ import random
 
 import envs
 import hiper
+from config import ConfigError
 from rollout import AgentState
 
 
@@ -35,8 +36,11 @@ def demonstrations(
     mistake. With probability `wrong_actions` an action of another episode happens, which mostly
     fails here. `disguises` further copies follow, each under other names (world.disguise).
     An episode that is lost with its environment is begun once more, then left out.
-    RuntimeError where the world has no expert, or no `disguise`.
+    ConfigError where the world has no expert, or none that begins, or no `disguise`.
     """
+    world = envs.world(pool.name)
+    if disguises and not hasattr(world, "disguise"):
+        raise ConfigError(f"world {pool.name!r} has no `disguise`: leave out `disguises`")
     rng = random.Random(config.seed)
     noise = dict(
         random_subgoals=random_subgoals, action_noise=action_noise, wrong_actions=wrong_actions
@@ -49,9 +53,9 @@ def demonstrations(
         if lost:
             played.update(_demonstrate(pool, lost, config, rng, **noise))
         episodes += played.values()
-    if disguises and not hasattr(envs.world(pool.name), "disguise"):
-        raise RuntimeError(f"world {pool.name!r} has no `disguise`: leave out `disguises`")
-    copies = [envs.world(pool.name).disguise(episodes, rng) for _ in range(disguises)]
+    if not any(episodes):
+        raise ConfigError(f"the expert of world {pool.name!r} gives no advice in the first turn")
+    copies = [world.disguise(episodes, rng) for _ in range(disguises)]
     return [turn for part in [episodes, *copies] for turns in part for turn in turns]
 
 
@@ -106,7 +110,9 @@ def _advice(pool, agents, rng, random_subgoals):
     try:
         advice = pool.expert({slot: state.subgoal for slot, state in agents.items()})
     except AttributeError:
-        raise RuntimeError(f"world {pool.name!r} has no expert to clone: give --model") from None
+        raise ConfigError(
+            f"world {pool.name!r} has no expert to clone: give --model without --bc_episodes"
+        ) from None
     advice = {slot: reply for slot, reply in advice.items() if reply}
     random_choice = {}
     for slot, (switch, _, _) in advice.items():

@@ -6,14 +6,17 @@ import re
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 import envs
 import hiper
+from config import ConfigError
 from conftest import tiny_config
 from support import cloning, env_workers
 from support.cloning import (
     Recipe,
     clone,
+    clone_expert,
     demonstrated_tasks,
     demonstrations,
     tiny_model,
@@ -182,7 +185,7 @@ def test_disguises_come_after_what_they_disguise(monkeypatch):
 
 
 def test_a_world_without_disguises_says_so():
-    with pytest.raises(RuntimeError, match="has no `disguise`"):
+    with pytest.raises(ConfigError, match="has no `disguise`"):
         demonstrate(range(2), disguises=1)
 
 
@@ -190,8 +193,21 @@ def test_a_world_without_an_expert_says_so(tmp_path, monkeypatch):
     (tmp_path / "testing_no_expert.py").write_text(WITHOUT_EXPERT)
     monkeypatch.syspath_prepend(tmp_path)
     with envs.EnvPool("testing_no_expert") as pool:
-        with pytest.raises(RuntimeError, match="has no expert to clone: give --model"):
+        with pytest.raises(ConfigError, match="has no expert to clone: give --model"):
             demonstrations(pool, [0], CONFIG)
+
+
+def test_an_expert_that_never_begins_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(household.Household, "expert", lambda self, subgoal: None)
+    with pytest.raises(ConfigError, match="expert of world 'household' gives no advice"):
+        demonstrate(range(2))
+
+
+def test_an_unknown_setting_of_the_demonstrator_is_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(household, "DEMONSTRATOR", {"noise": 0.1})
+    with envs.EnvPool("household") as pool:
+        with pytest.raises(ConfigError, match="DEMONSTRATOR of world 'household'.*'noise'"):
+            clone_expert(tiny_config(), tmp_path, pool, Accelerator(cpu=True))
 
 
 def test_demonstrated_tasks():

@@ -85,6 +85,11 @@ def clone_expert(config, out, pool, accelerator, pretrained=None):
     loss = clone(policy, tokenizer, examples, config, recipe, accelerator.autocast)
     say(accelerator, f"cloned: loss {loss:.3f} nats per token")
     set_checkpointing(policy, False)
+    for name, weight in policy.named_parameters():
+        if not weight.isfinite().all():
+            raise FloatingPointError(
+                f"{name} has become NaN or infinite in cloning: nothing is saved"
+            )
     temporary = out / "start.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     if config.lora:
@@ -169,6 +174,7 @@ def clone(policy, tokenizer, examples, config, recipe=FROM_SCRATCH, autocast=nul
     The actor learns the responses, the value heads the returns: the clone acts nearly as the
     expert did, so the critic need not start from nothing.
     autocast() is entered anew for every forward pass: it keeps copies of the weights.
+    A step whose gradient is not finite is skipped. FloatingPointError where all are.
     """
     device = policy.value_heads.weight.device
     prompts = [prompt for prompt, _, _ in examples]
@@ -206,14 +212,16 @@ def clone(policy, tokenizer, examples, config, recipe=FROM_SCRATCH, autocast=nul
             value_loss = (values - returns[part]).square().sum() / len(rows)
             (loss + VALUE_WEIGHT * value_loss).backward()
             total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
+        if torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).isfinite():
+            optimizer.step()
+            losses.append(total)
         schedule.step()
-        losses.append(total)
-        if len(losses) % 20 == 0:
+        if losses and len(losses) % 20 == 0:
             bar.set_postfix_str(f"loss {_recent(losses):.3f} nats per token", refresh=False)
         bar.update()
     bar.close()
+    if not losses:
+        raise FloatingPointError("cloning found no finite gradient: is the start model whole?")
     return _recent(losses)
 
 

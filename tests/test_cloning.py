@@ -277,9 +277,12 @@ def test_cloning_s_first_step_is_that_of_its_loss(tiny_tokenizer, monkeypatch):
     monkeypatch.setattr(cloning, "VALUE_WEIGHT", 0.0)
     clip = torch.nn.utils.clip_grad_norm_
     norms = []
-    monkeypatch.setattr(
-        torch.nn.utils, "clip_grad_norm_", lambda *arguments: norms.append(clip(*arguments))
-    )
+
+    def clip_and_note(*arguments):
+        norms.append(clip(*arguments))
+        return norms[-1]
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_note)
     examples = demonstrate(range(2))[:6]
     policy = new_policy(tiny_tokenizer)
     start = copy.deepcopy(policy)
@@ -296,6 +299,45 @@ def test_cloning_s_first_step_is_that_of_its_loss(tiny_tokenizer, monkeypatch):
     (-torch.cat(logprobs).mean()).backward()
     gradients = [p.grad.flatten() for p in start.parameters() if p.grad is not None]
     assert norms[0].item() == pytest.approx(torch.cat(gradients).norm().item(), rel=1e-4)
+
+
+def test_a_step_without_a_finite_gradient_is_skipped(tiny_tokenizer, monkeypatch):
+    """The second of three. Where all are skipped, it is said."""
+    clip = torch.nn.utils.clip_grad_norm_
+    norms = []
+
+    def clip_and_harm(parameters, limit):
+        parameters = list(parameters)
+        if len(norms) in harmed:
+            parameters[0].grad[0, 0] = float("nan")
+        norms.append(clip(parameters, limit))
+        return norms[-1]
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_harm)
+    examples = demonstrate(range(3))[:12]
+    recipe = Recipe(lr=1e-3, epochs=1, batch=4)
+    policy = new_policy(tiny_tokenizer)
+    start = copy.deepcopy(policy.state_dict())
+    harmed = [1]
+    assert clone(policy, tiny_tokenizer, examples, CONFIG, recipe) > 0
+    assert norms[1].isnan() and norms[2].isfinite()
+    assert all(weight.isfinite().all() for weight in policy.parameters())
+    assert any(not torch.equal(w, start[name]) for name, w in policy.state_dict().items())
+    harmed = range(3, 6)
+    with pytest.raises(FloatingPointError, match="cloning found no finite gradient"):
+        clone(policy, tiny_tokenizer, examples, CONFIG, recipe)
+
+
+def test_a_clone_with_nan_is_not_saved(monkeypatch, tmp_path):
+    def harm(policy, *_):
+        policy.value_heads.weight.data[0, 0] = float("nan")
+        return 0.0
+
+    monkeypatch.setattr(cloning, "clone", harm)
+    with envs.EnvPool("household") as pool:
+        with pytest.raises(FloatingPointError, match="value_heads.weight has become NaN"):
+            clone_expert(tiny_config(bc_episodes=2), tmp_path, pool, Accelerator(cpu=True))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_cloning_cuts_long_prompts_as_playing_does(tiny_tokenizer, monkeypatch):

@@ -161,12 +161,10 @@ def build_prompts(states, tokenizer):
     """AgentStates -> prompt ids. A prompt that is too long is written without its history."""
     if not states:
         return []
-    prompts = tokenize_prompts(tokenizer, [state.prompt() for state in states])
-    for n, state in enumerate(states):
-        if len(prompts[n]) > state.config.max_prompt_tokens:
-            text = state.prompt(history=False)
-            [prompts[n]] = tokenize_prompts(tokenizer, [text], state.config.max_prompt_tokens)
-    return prompts
+    texts = [state.prompt() for state in states]
+    without_history = [state.prompt(history=False) for state in states]
+    room = states[0].config.max_prompt_tokens
+    return tokenize_prompts(tokenizer, texts, room, without_history)
 
 
 def collect(

@@ -177,16 +177,13 @@ def clone(policy, tokenizer, examples, config, recipe=FROM_SCRATCH, autocast=nul
     A step whose gradient is not finite is skipped. FloatingPointError where all are.
     """
     device = policy.value_heads.weight.device
-    prompts = [prompt for prompt, _, _ in examples]
-    responses = [response for _, response, _ in examples]
+    prompts, responses, shorter, turns_left = zip(*examples, strict=True)
     samples = make_samples(
-        tokenize_prompts(tokenizer, prompts, config.max_prompt_tokens),
+        tokenize_prompts(tokenizer, prompts, config.max_prompt_tokens, shorter),
         tokenize_texts(tokenizer, responses),
         tokenizer,
     )
-    returns = [
-        0.0 if left is None else SUCCESS_REWARD * config.gamma**left for _, _, left in examples
-    ]
+    returns = [0.0 if left is None else SUCCESS_REWARD * config.gamma**left for left in turns_left]
     returns = torch.tensor(returns, device=device)  # [N]
     steps = _shuffled_batches(len(examples), recipe, config.seed)
     heads = list(policy.value_heads.parameters())

@@ -27,9 +27,10 @@ def demonstrations(
     wrong_actions=0.0,
     disguises=0,
 ):
-    """Episodes of the scripted expert -> list of (prompt text, response text, turns to success).
+    """Episodes of the scripted expert -> list of (prompt, response, shorter prompt, turns left).
 
-    The last is None in an episode without success. The expert plans badly on purpose: with
+    Three texts; the shorter prompt lacks the history and is "" where there is none. Turns left to
+    the success: None in an episode without success. The expert plans badly on purpose: with
     probability `random_subgoals`, when it switches, it takes any subgoal one could choose now
     (info["subgoals"]), and shows that one. With probability `action_noise` another action happens
     than the one it shows, admissible now or earlier, so that the clone sees how to go on after a
@@ -64,7 +65,7 @@ def _demonstrate(pool, tasks, config, rng, *, random_subgoals, action_noise, wro
     resets = pool.reset(tasks)
     agents = {slot: AgentState(config, tasks[slot], *resets[slot]) for slot in tasks}
     seen_actions = {slot: [] for slot in tasks}
-    shown = {slot: [] for slot in tasks}  # (prompt, response) of each turn
+    shown = {slot: [] for slot in tasks}  # (prompt, response, shorter prompt) of each turn
     succeeded = set()
     while agents:
         advice = _advice(pool, agents, rng, random_subgoals)
@@ -85,7 +86,8 @@ def _demonstrate(pool, tasks, config, rng, *, random_subgoals, action_noise, wro
                 response = hiper.format_flat_response(subgoal, action)
             else:
                 response = hiper.format_response(switch, subgoal, action)
-            shown[slot].append((state.prompt(), response))
+            shorter = state.prompt(history=False) if state.past else ""
+            shown[slot].append((state.prompt(), response, shorter))
         for slot, outcome in pool.step(done).items():
             switch, subgoal, _ = advice[slot]
             if outcome is None:  # lost with its environment process
@@ -98,8 +100,8 @@ def _demonstrate(pool, tasks, config, rng, *, random_subgoals, action_noise, wro
         agents = {slot: state for slot, state in agents.items() if not state.ended}
     return {
         slot: [
-            (prompt, response, len(turns) - 1 - t if slot in succeeded else None)
-            for t, (prompt, response) in enumerate(turns)
+            (*texts, len(turns) - 1 - t if slot in succeeded else None)
+            for t, texts in enumerate(turns)
         ]
         for slot, turns in shown.items()
     }

@@ -79,9 +79,11 @@ def _cut(row, table, tag, ends):
 PLACE = "4c0f7b1e59"  # stands for the content, to see what a chat template writes around it
 
 
-def tokenize_prompts(tokenizer, texts, max_tokens=None):
+def tokenize_prompts(tokenizer, texts, max_tokens=None, shorter=None):
     """Prompt texts -> id lists, through the chat template where the tokenizer has one.
 
+    One of more than max_tokens is replaced by its text in `shorter` ("": it has none), then loses
+    its left end.
     The template's special tokens are special. One that a text names (`<|im_end|>` on a page, say)
     stays text: a world cannot end the user's turn, nor write the system's.
     """
@@ -92,7 +94,12 @@ def tokenize_prompts(tokenizer, texts, max_tokens=None):
     for n, text in enumerate(texts):
         if any(name in text for name in names):
             ids[n] = tokenize_around(tokenizer, chats[n])
-    return [row[-max_tokens:] for row in ids] if max_tokens else ids
+    if not max_tokens:
+        return ids
+    for n, row in enumerate(ids):
+        if shorter and shorter[n] and len(row) > max_tokens:
+            [ids[n]] = tokenize_prompts(tokenizer, [shorter[n]])
+    return [row[-max_tokens:] for row in ids]
 
 
 def tokenize_texts(tokenizer, texts):

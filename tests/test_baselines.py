@@ -731,8 +731,8 @@ def test_the_flat_prompt_shows_no_plan_and_reads_none(tiny_actor, tiny_tokenizer
     assert "Subgoal" not in tiny_tokenizer.decode(episode.turns[3].prompt)
     with envs.EnvPool("household", "train", workers=1) as pool:
         shown = demonstrations(pool, range(3), config, random_subgoals=0.5)
-    assert all(hiper.parse_flat(response).valid for _, response, _ in shown)
-    assert all("Subgoal" not in prompt for prompt, _, _ in shown)
+    assert all(hiper.parse_flat(response).valid for _, response, *_ in shown)
+    assert all("Subgoal" not in prompt for prompt, *_ in shown)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 import envs
 import hiper
+import rollout
 from config import ConfigError
 from conftest import tiny_config
 from support import cloning, env_workers
@@ -22,7 +23,7 @@ from support.cloning import (
     tiny_model,
     train_tokenizer,
 )
-from support.generation import tokenize_prompts
+from support.generation import tokenize_prompts, tokenize_texts
 from worlds import household
 
 CONFIG = tiny_config()
@@ -59,7 +60,7 @@ def shares_that_follow(examples):
         env.reset()
         subgoal = ""
         while not env.done:
-            _, response, _ = next(rest)
+            _, response, *_ = next(rest)
             decision = hiper.parse(response)
             _, wanted, _ = env.expert(subgoal)
             subgoal = decision.subgoal
@@ -90,7 +91,7 @@ def test_noise_in_planning_leaves_the_actions():
 def test_noise_in_acting_is_not_shown():
     examples = demonstrate(action_noise=0.5)
     assert len(examples) > len(demonstrate())  # it costs turns,
-    for prompt, response, _ in examples:  # and what is shown is what the page calls for
+    for prompt, response, *_ in examples:  # and what is shown is what the page calls for
         assert hiper.parse(response).valid
         here = prompt.split("At ")[1].split(":")[0].split(" closed")[0]
         assert hiper.parse(response).action != f"go to {here}"
@@ -105,7 +106,7 @@ def test_wrong_actions_mostly_change_nothing_and_are_not_shown():
     examples = demonstrate(wrong_actions=0.5)
     plain = demonstrate()
     assert len(examples) > 1.3 * len(plain)
-    assert all(hiper.parse(response).valid for _, response, _ in examples)
+    assert all(hiper.parse(response).valid for _, response, *_ in examples)
     assert sum("Nothing happens" in prompt for prompt, *_ in examples) > 5
     assert not any("Nothing happens" in prompt for prompt, *_ in plain)
 
@@ -289,7 +290,7 @@ def test_cloning_s_first_step_is_that_of_its_loss(tiny_tokenizer, monkeypatch):
     recipe = Recipe(lr=1e-3, epochs=1, batch=6)
     clone(policy, tiny_tokenizer, examples, tiny_config(gamma=0.9), recipe)
     logprobs = []
-    for prompt, response, _ in examples:
+    for prompt, response, *_ in examples:
         prompt_ids = tiny_tokenizer(prompt, add_special_tokens=False)["input_ids"]
         response_ids = tiny_tokenizer(response, add_special_tokens=False)["input_ids"]
         ids = torch.tensor(prompt_ids + response_ids)
@@ -340,17 +341,26 @@ def test_a_clone_with_nan_is_not_saved(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_cloning_cuts_long_prompts_as_playing_does(tiny_tokenizer, monkeypatch):
+@pytest.mark.parametrize("history, room", [(0, 20), (2, 90), (2, 20)])
+def test_cloning_shortens_prompts_as_playing_does(tiny_tokenizer, monkeypatch, history, room):
+    """The same prompts, whole, without their history or cut, where the shown actions are played."""
     make_samples = cloning.make_samples
-    seen = []
+    cloned = []
 
     def recorded(prompts, *rest):
-        seen.append(prompts)
+        cloned.extend(prompts)
         return make_samples(prompts, *rest)
 
     monkeypatch.setattr(cloning, "make_samples", recorded)
-    examples = demonstrate(range(2))[:8]
-    clone(new_policy(tiny_tokenizer), tiny_tokenizer, examples, tiny_config(max_prompt_tokens=20))
-    expected = tokenize_prompts(tiny_tokenizer, [prompt for prompt, *_ in examples], 20)
-    assert seen == [expected]
-    assert max(map(len, expected)) == 20
+    examples = demonstrate([0], history=history)
+    config = tiny_config(max_prompt_tokens=room, history=history)
+    clone(new_policy(tiny_tokenizer), tiny_tokenizer, examples, config)
+
+    responses = iter(tokenize_texts(tiny_tokenizer, [response for _, response, *_ in examples]))
+    monkeypatch.setattr(rollout, "respond", lambda *_: [next(responses)])
+    with envs.EnvPool("household", "train", workers=1) as pool:
+        [episode] = rollout.collect(None, tiny_tokenizer, pool, [0], config)
+    assert episode.success
+    assert cloned == [turn.prompt for turn in episode.turns]
+    whole = tokenize_prompts(tiny_tokenizer, [prompt for prompt, *_ in examples])
+    assert any(len(prompt) > room for prompt in whole)

@@ -163,7 +163,7 @@ def test_demonstrations_show_days_tasks_and_waits_as_one_token_each(options):
     with envs.EnvPool("household", "train", workers=1, **options) as pool:
         examples = demonstrations(pool, range(6), tiny_config(), **household.DEMONSTRATOR)
     assert any(left is not None for *_, left in examples)
-    text = " ".join(prompt + response for prompt, response, _ in examples)
+    text = " ".join(prompt + response for prompt, response, *_ in examples)
     tokenizer = train_tokenizer([part for *texts, _ in examples for part in texts])
     if "chain" in options:
         assert "Task 1: " in text and len(tokenizer.tokenize(" day 1")) == 1

@@ -35,6 +35,7 @@ world of one's own is one file. gym:ID and openenv:URL take other libraries' env
 import inspect
 import sys
 import warnings
+from collections import Counter
 
 from support import env_workers, world_guard
 from support.world_guard import WorldError
@@ -77,14 +78,16 @@ class EnvPool:
     Environments live in this process, or, where the world says IN_PROCESS = False, in `workers`
     processes of their own (0: one per core). A process that dies or hangs is replaced. Its
     episodes are lost, and so is one whose world raises or breaks the interface: `step` and
-    `expert` answer None for their slots until they are reset. A task that fails twice in a row
-    raises WorldError. What a world raises before its first step is done is raised as it is.
+    `expert` answer None for their slots until they are reset. An episode that fails, begins anew
+    and fails again raises WorldError. What a world raises before its first step is done is raised
+    as it is.
     """
 
     def __init__(self, name, split="train", workers=0, **options):
         self.name, self.split = name, split
         self.tasks = {}  # slot -> task index
-        self.failed = set()  # tasks at which an episode was lost
+        self.failed = Counter()  # task -> failed episodes that have not begun anew
+        self.retries = set()  # slots whose episode has begun anew
         self.works = False  # whether a step has been taken
         self.steps = {}  # slot -> steps of its episode
         module = world(name)
@@ -98,9 +101,14 @@ class EnvPool:
         """{slot: task index} -> {slot: (observation, info)}"""
         self.tasks.update(tasks)
         self.steps.update(dict.fromkeys(tasks, 0))
-        answers = self._call("reset", tasks)
+        answers = {}
         while len(answers) < len(tasks):
             missing = {slot: index for slot, index in tasks.items() if slot not in answers}
+            for slot, index in missing.items():
+                self.retries.discard(slot)
+                if self.failed[index]:
+                    self.failed[index] -= 1
+                    self.retries.add(slot)
             answers.update(self._call("reset", missing))
         return {slot: answers[slot] for slot in tasks}
 
@@ -113,8 +121,6 @@ class EnvPool:
             if self.limit and self.steps[slot] >= self.limit and not terminated:
                 truncated = True
                 answers[slot] = (observation, reward, terminated, truncated, info)
-            if terminated or truncated:
-                self.failed.discard(self.tasks[slot])
         return {slot: answers.get(slot) for slot in actions}
 
     def expert(self, subgoals):
@@ -140,9 +146,9 @@ class EnvPool:
         for slot, reason in faults.items():
             index = self.tasks[slot]
             where = f"task {index} of {self.name}'s split {self.split!r}"
-            if index in self.failed:
+            if slot in self.retries:
                 raise WorldError(f"{where} failed twice: {reason}")
-            self.failed.add(index)
+            self.failed[index] += 1
             if slot not in lost:
                 warnings.warn(f"{where} failed and begins anew: {reason}", stacklevel=2)
         return answers

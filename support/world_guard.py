@@ -15,7 +15,7 @@ LARGEST = 1e6  # of rewards and scores; winning pays 1
 
 
 class WorldError(RuntimeError):
-    """A world failed twice at a task: one sentence that names world, task and reason."""
+    """An episode failed, began anew and failed again: one sentence that names world, task, reason."""
 
 
 def sift(method, answers, steps, works):

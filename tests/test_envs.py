@@ -572,6 +572,26 @@ def test_a_world_that_breaks_the_interface_costs_its_episode_then_is_named(
             pool.step({0: "break"})
 
 
+def test_two_episodes_of_one_task_that_fail_once_each_have_not_failed_twice(write, corridor):
+    """As in a group: in the same step, and while the other's second try runs."""
+    source = CORRIDOR.replace(
+        "        self.steps += 1\n",
+        "        self.steps += 1\n        if action == 'break':\n            raise KeyError('lamp')\n",
+    )
+    write("grouped", source)
+    with envs.EnvPool("grouped") as pool, pytest.warns(UserWarning, match="begins anew"):
+        pool.reset({slot: 4 for slot in range(4)})
+        pool.step({0: "east"})
+        assert pool.step({0: "break", 1: "break"}) == {0: None, 1: None}
+        pool.reset({0: 4, 1: 4})
+        assert pool.step({0: "east", 2: "break"})[2] is None
+        pool.reset({2: 4})
+        pool.reset({3: 4})  # a first try after all the second ones
+        assert pool.step({3: "break"}) == {3: None}
+        with pytest.raises(envs.WorldError, match="task 4 .* failed twice: at turn 2"):
+            pool.step({0: "break"})
+
+
 def test_numbers_of_numpy_are_numbers(write, corridor):
     write("numeric", CORRIDOR.replace("float(won), won", "np.float32(won), np.bool_(won)"))
     source = "import numpy as np\n" + CORRIDOR.replace(

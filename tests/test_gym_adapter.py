@@ -55,6 +55,14 @@ class Dict(Count):
         return page, 0.0, self.at == self.goal, False, {"is_success": self.at == 3, "score": 0.5}
 
 
+class Timed(Count):
+    """Runs to its limit; says there whether it was a success. Each step pays."""
+
+    def step(self, action):
+        page, *_ = super().step(action)
+        return page, 0.5, False, False, {"is_success": self.at > 2} if self.goal > 3 else {}
+
+
 class Numbers(Count):
     observation_space = spaces.Discrete(99)
     ACTION_NAMES = None
@@ -72,7 +80,7 @@ def judge(observation, info, reward, ended):
     return {"task": "be judged", "won": ended and reward > 0, "subgoals": ["wait"]}
 
 
-for kind in (Count, Dict, Numbers):
+for kind in (Count, Dict, Timed, Numbers):
     name = f"Testing{kind.__name__}-v0"
     gymnasium.register(name, entry_point=kind, max_episode_steps=7)
 '''
@@ -84,7 +92,7 @@ def module(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     yield
     sys.modules.pop("testing_gym", None)
-    for kind in ("Count", "Dict", "Numbers"):
+    for kind in ("Count", "Dict", "Timed", "Numbers"):
         gymnasium.registry.pop(f"Testing{kind}-v0", None)
 
 
@@ -143,6 +151,35 @@ def test_success_and_score_that_info_tells():
         assert last[4]["score"] == 0.5
         won.append(last[4]["won"])
     assert any(won) and not all(won)
+
+
+def test_an_env_that_only_runs_out_of_steps_is_won_where_it_says_so():
+    """That step is then terminated. The reward alone says nothing at a limit."""
+    seen = set()
+    for index in range(12):
+        env = envs.make("gym:testing_gym:TestingTimed-v0", "train", index)
+        for action, says_so in (("up", True), ("down", False)):
+            (_, info), *before, last = play(env, action)
+            won = says_so and int(info["task"].removeprefix("reach ")) > 3
+            assert last[1:4] == (float(won), won, not won) and last[4]["won"] == won
+            assert len(before) == 6 and not any(step[2] or step[4]["won"] for step in before)
+            seen.add(won)
+    assert seen == {True, False}
+
+
+def test_a_longer_limit_than_the_env_s():
+    name = "gym:testing_gym:TestingTimed-v0"
+    for options, limit in (
+        ({"max_steps": 3}, 3),
+        ({"max_steps": 9}, 7),
+        ({"kwargs": {"max_episode_steps": 9}, "max_steps": 9}, 9),
+    ):
+        with envs.EnvPool(name, "train", **options) as pool:
+            pool.reset({0: 0})
+            steps = 1
+            while not pool.step({0: "down"})[0][3]:
+                steps += 1
+        assert steps == limit
 
 
 def test_the_user_s_rules_and_wrapper():

@@ -130,6 +130,18 @@ def test_a_limit_of_the_server_truncates():
     assert [env.step("down")[2:4] for _ in range(9)] == [(False, False)] * 8 + [(False, True)]
 
 
+def test_a_win_at_the_limit_of_the_server_is_terminated(tmp_path, monkeypatch):
+    text = "def judge(observation, info, reward, ended):\n    return {'won': ended}\n"
+    (tmp_path / "testing_rules.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    env = envs.make(LOCAL, rules="testing_rules:judge")
+    env.reset()
+    outcomes = [env.step("down") for _ in range(9)]
+    assert [outcome[1:4] for outcome in outcomes] == [(0.0, False, False)] * 8 + [
+        (1.0, True, False)
+    ]
+
+
 def test_an_answer_that_does_not_come_costs_the_episode(server):
     with envs.EnvPool(server.world, "train", timeout_s=2) as pool:
         pool.reset({0: 0, 1: 1})

@@ -9,7 +9,8 @@ first name that is there counts:
     task_type   task_type, else the environment's name
     admissible  admissible, admissible_commands, available_actions, legal_actions, valid_actions;
                 else what the adapter knows
-    won         won, success, is_success; else that the episode ended with a reward above 0
+    won         won, success, is_success, at the end; else that the episode ended with a reward
+                above 0, not by a limit
     score       score; else 1.0 where won, else 0.0
     subgoals, progress     as they are, where they are there
 
@@ -17,7 +18,9 @@ A function of the user's may say otherwise, `"rules": "module:function"` in --en
 
     def function(observation, info, reward, ended) -> {"task": ..., "won": ..., "text": ...}
 
-What it returns goes before what was found. It may leave out what was found well.
+What it returns goes before what was found. It may leave out what was found well. `ended` is True
+where the task itself ended or a limit ended it. A win on the step at which a limit ends the episode
+is reported as terminated.
 """
 
 import importlib
@@ -66,12 +69,15 @@ def load(path, what):
         raise ValueError(f"{what} {path!r} is no module:name that can be had: {error}") from None
 
 
-def translate(observation, info, reward, ended, *, task, task_type, admissible, rules=None):
+def translate(
+    observation, info, reward, terminated, truncated, *, task, task_type, admissible, rules=None
+):
     """-> (text or None, info of envs.py). The keyword arguments are what holds if nothing says."""
+    ended = terminated or truncated
     found = _find(observation, info)
     if rules:
         found.update(rules(observation, info, reward, ended))
-    won = bool(found.get("won", ended and (reward or 0) > 0)) and ended
+    won = bool(found.get("won", terminated and (reward or 0) > 0)) and ended
     translated = {
         "task": str(found.get("task", task)),
         "task_type": str(found.get("task_type", task_type)),

@@ -84,7 +84,7 @@ class GymEnv:
         """Begin the task anew -> (observation, info). `seed` is ignored: the task has its own."""
         self.running = True
         self.task = f"play {self.name.removeprefix('gym:')}"
-        text, info = self.translate(*self.env.reset(seed=self.seed), 0.0, False)
+        text, info = self.translate(*self.env.reset(seed=self.seed), 0.0, False, False)
         self.task = info["task"]
         return text, info
 
@@ -98,22 +98,23 @@ class GymEnv:
         else:
             return f"Nothing happens. {self.text}", 0.0, False, False, dict(self.info)
         observation, reward, terminated, truncated, info = self.env.step(chosen)
-        terminated = bool(terminated)
-        truncated = bool(truncated) and not terminated
+        text, info = self.translate(observation, info, reward, bool(terminated), bool(truncated))
+        won = info["won"]
         self.running = not (terminated or truncated)
-        text, info = self.translate(observation, info, reward, terminated)
-        return text, float(info["won"]), terminated, truncated, info
+        terminated = bool(terminated) or won
+        return text, float(won), terminated, bool(truncated) and not terminated, info
 
     def close(self):
         self.running = False
         self.env.close()
 
-    def translate(self, observation, info, reward, ended):
+    def translate(self, observation, info, reward, terminated, truncated):
         self.text, self.info = adapter_rules.translate(
             observation,
             info,
             reward,
-            ended,
+            terminated,
+            truncated,
             task=self.task,
             task_type=self.name.removeprefix("gym:"),
             admissible=self.actions or [],

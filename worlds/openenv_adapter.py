@@ -169,6 +169,7 @@ class OpenEnv:
             {},
             result.reward,
             ended and not truncated,
+            truncated,
             task=self.task,
             task_type=self.world.address,
             admissible=self.actions,
@@ -179,7 +180,7 @@ class OpenEnv:
                 f"{self.world.__name__} shows no text but {sorted(observation)}: name `rules` that "
                 'return one, --env_options \'{"rules": "module:function"}\''
             )
-        return self.text, dict(self.info), truncated
+        return self.text, dict(self.info), truncated and not self.info["won"]
 
 
 class LocalClient:

@@ -1,5 +1,6 @@
 """Play a world by hand: `python -m worlds.household`, `python -m worlds.alfworld`,
-`python -m worlds.webshop`, or `python -m support.play NAME` for a world of one's own.
+`python -m worlds.webshop`, `python -m worlds.babyai`, or `python -m support.play NAME` for a world
+of one's own.
 
 You see what an agent sees. The expert's hint is the answer that an agent would give: KEEP or
 SWITCH, the subgoal and the action.
@@ -7,6 +8,7 @@ SWITCH, the subgoal and the action.
 
 import argparse
 import contextlib
+import json
 import re
 import shutil
 import sys
@@ -27,8 +29,8 @@ def main(name, argv=None):
             import readline  # noqa: F401, makes `input` keep a history
         with envs.EnvPool(name, args.split, workers=1, **args.options) as pool:
             return Game(pool, args.size).play(args.task)
-    except (ConfigError, ValueError, IndexError, RuntimeError, envs.WorldError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ConfigError, TypeError, ValueError, LookupError, RuntimeError) as error:
+        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
 
 
@@ -44,14 +46,27 @@ def _read_arguments(name, argv):
     parser.add_argument("--task", type=int, default=0, metavar="N", help="number of the task [0]")
     text = "the page that the tiny agent reads, where the world has one"
     parser.add_argument("--tiny", action="store_true", help=text)
+    text = "options of the world, for example '{\"max_steps\": 20}'"
+    parser.add_argument("--env_options", type=_read_options, default={}, metavar="JSON", help=text)
     args = parser.parse_args(argv)
     if args.split not in splits:
         raise ConfigError(f"{name} has no split {args.split!r}: choose {' or '.join(splits)}")
     args.size = envs.size(name, args.split)
     if not 0 <= args.task < args.size:
         raise ConfigError(f"--task: {args.split} has tasks 0 to {args.size - 1}, not {args.task}")
-    args.options = getattr(envs.world(name), "TINY_AGENT", {}) if args.tiny else {}
+    tiny = getattr(envs.world(name), "TINY_AGENT", {}) if args.tiny else {}
+    args.options = {**tiny, **args.env_options}
     return args
+
+
+def _read_options(text):
+    try:
+        options = json.loads(text)
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise ConfigError(f"--env_options must be a JSON object, not {text!r}")
+    return options
 
 
 class Game:
@@ -151,5 +166,7 @@ class Game:
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
-        sys.exit("usage: python -m support.play NAME [--split SPLIT] [--task N]")
+        sys.exit(
+            "usage: python -m support.play NAME [--split SPLIT] [--task N] [--env_options JSON]"
+        )
     sys.exit(main(sys.argv[1], sys.argv[2:]))

@@ -1,5 +1,6 @@
 """support/play.py: a person plays a world in the terminal."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,11 @@ def test_a_world_of_ones_own(played, tmp_path, monkeypatch):
     assert "Won after 1 steps, score 1.00" in said
 
 
+def test_options_of_the_world(played):
+    _, said = played("household", "fly", "fly", words=["--env_options", '{"max_steps": 2}'])
+    assert "Out of steps after 2 steps" in said
+
+
 def test_webshop_is_played_too(played, monkeypatch):
     monkeypatch.delenv("WEBSHOP_DATA", raising=False)
     code, said = played("webshop", "?", "1", "red shoes", ":q", words=["--split", "test"])
@@ -112,6 +118,8 @@ def test_webshop_is_played_too(played, monkeypatch):
         ("household", ["--task", "300", "--split", "seen"], "tasks 0 to 299"),
         ("household", ["--task", "-1"], "tasks 0 to"),
         ("no_such_world", [], "no_such_world"),
+        ("household", ["--env_options", "[1]"], "--env_options must be a JSON object, not '[1]'"),
+        ("household", ["--env_options", '{"floor": 1}'], "floor"),
     ],
 )
 def test_what_cannot_be_played_is_one_sentence(played, name, words, wanted):
@@ -122,7 +130,13 @@ def test_what_cannot_be_played_is_one_sentence(played, name, words, wanted):
     assert wanted in said
 
 
-@pytest.mark.parametrize("name", ["household", "webshop", "alfworld"])
+def test_a_level_of_babyai(played):
+    pytest.importorskip("minigrid", reason="pip install -r requirements-babyai.txt")
+    code, said = played("babyai", "?", words=["--env_options", '{"level": "PutNextLocal"}'])
+    assert code == 0 and "put the" in said
+
+
+@pytest.mark.parametrize("name", ["household", "webshop", "alfworld", "babyai"])
 def test_the_command(name, monkeypatch):
     """`python -m worlds.NAME` reads the terminal; here it is told to leave, or finds no data."""
     monkeypatch.setenv("ALFWORLD_DATA", "nowhere")
@@ -134,7 +148,9 @@ def test_the_command(name, monkeypatch):
         text=True,
         timeout=120,
     )
-    assert done.returncode == (2 if name == "alfworld" else 0)
-    assert ("there is no folder nowhere" if name == "alfworld" else "Task 0 of") in (
-        done.stderr if name == "alfworld" else done.stdout
-    )
+    if name == "alfworld":
+        assert done.returncode == 2 and "there is no folder nowhere" in done.stderr
+    elif name == "babyai" and not importlib.util.find_spec("minigrid"):
+        assert done.returncode == 2 and "babyai needs minigrid" in done.stderr
+    else:
+        assert done.returncode == 0 and "Task 0 of" in done.stdout

@@ -346,3 +346,9 @@ def named_things(instruction):
         for name in names
         for thing in getattr(getattr(instruction, name, None), "obj_set", ())
     ]
+
+
+if __name__ == "__main__":
+    from support import play
+
+    raise SystemExit(play.main("babyai"))

@@ -7,8 +7,9 @@
 Runs take one thread each, `--jobs` of them at once. They start from one clone per (prompt, seed)
 and differ in `--method` and `--prompt` alone. Success is that of the last iteration on 300 unseen
 tasks, never the best. Each run ends as one line in runs/benchmarks/ablation.jsonl. A line of the
-same commit is not run again; a run that was killed goes on from its checkpoint. Lines of other
-commits, and our own in benchmarks/results/ablation.jsonl, are shown in tables of their own.
+same commit and --iterations is not run again; a run that was killed goes on from its checkpoint.
+Lines of other commits or iterations, and our own in benchmarks/results/ablation.jsonl, are shown in
+tables of their own. Where tracked files differ from the commit, its name ends in -dirty.
 
 Tuned on seed 0's training episodes, by the iteration at which 80 % of them succeed: the learning
 rate (3e-4 or 6e-4; 6e-4 is as good or better for hiper, ppo, grpo and gigpo), and the lambdas of
@@ -26,6 +27,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from support.commit import checked_out_commit, short
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ROOT / "benchmarks" / "results" / "ablation.jsonl"
@@ -135,14 +140,17 @@ def first_reached(curve, level, width=3):
 
 
 def commit():
-    """The checked-out commit; "unknown" outside a git repository."""
-    command = ["git", "rev-parse", "HEAD"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    """The commit, `-dirty` where files differ from it; "unknown" outside a git repository."""
+    return checked_out_commit() or "unknown"
 
 
 def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def version_of(line):
+    """What lines of one table have in common: (commit, iterations)."""
+    return line["commit"], line["config"]["iterations"]
 
 
 def cell_of(line):
@@ -151,7 +159,7 @@ def cell_of(line):
 
 def run_all(cells, iterations, jobs, out):
     """Run the cells, append their lines to out/ablation.jsonl -> what failed, as sentences."""
-    work = out / "ablation" / commit()[:10]  # a run does not go on with other code
+    work = out / "ablation" / short(commit())  # a run does not go on with other code
     work.mkdir(parents=True, exist_ok=True)
     locks = {(prompt, seed): Lock() for _, prompt, seed in cells}
 
@@ -234,23 +242,25 @@ def plot(lines, path):
     pyplot.close(figure)
 
 
-def show(out):
-    """Tables of our lines, of lines of other commits, and of this one's -> the last."""
+def show(out, iterations):
+    """Tables of our lines, of other commits or iterations, and of these -> the lines of these."""
     if OURS.exists():
         show_table("ours, as committed in benchmarks/results/", read_lines(OURS))
-    return show_runs(out, "ablation", show_table, plot)
+    return show_runs(out, "ablation", iterations, show_table, plot)
 
 
-def show_runs(out, name, show_table, plot):
-    """Tables of the lines in out/NAME.jsonl, one per commit; this one's picture -> its lines."""
-    lines = read_lines(out / f"{name}.jsonl")
-    current = commit()
-    for other in dict.fromkeys(line["commit"] for line in lines if line["commit"] != current):
-        some = [line for line in lines if line["commit"] == other]
-        show_table(f"{out}, another commit: {other[:10]}", some)
-    mine = [line for line in lines if line["commit"] == current]
+def show_runs(out, name, iterations, show_table, plot):
+    """Tables of the lines in out/NAME.jsonl, one per commit and iterations; a picture of this
+    commit's with these iterations -> their lines."""
+    tables = {}
+    for line in read_lines(out / f"{name}.jsonl"):
+        tables.setdefault(version_of(line), []).append(line)
+    mine = tables.pop((commit(), iterations), [])
+    for (other, count), some in tables.items():
+        which = "this" if other == commit() else "another"
+        show_table(f"{out}, {which} commit: {short(other)}, {count} iterations", some)
     if mine:
-        show_table(f"{out}, this commit: {current[:10]}", mine)
+        show_table(f"{out}, this commit: {short(commit())}, {iterations} iterations", mine)
         plot(mine, out / f"{name}.png")
     return mine
 
@@ -269,10 +279,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     out = args.out.resolve()
     lines = read_lines(out / "ablation.jsonl")
-    done = {cell_of(line) for line in lines if line["commit"] == commit()}
+    this = commit(), args.iterations
+    done = {cell_of(line) for line in lines if version_of(line) == this}
     cells = [cell for cell in (QUICK if args.quick else FULL) if cell not in done]
     failed = [] if args.show else run_all(cells, args.iterations, args.jobs, out)
-    lines = show(out)
+    lines = show(out, args.iterations)
     if failed:
         sys.exit("failed: " + "; ".join(failed))
     means = {}

@@ -7,11 +7,16 @@
 A point is a household with `chain` tasks per episode and `routine` steps between decisions (see
 worlds/household_chain.py). All methods of one point and seed start from one clone and play equally
 many episodes, with the settings of configs/tiny.yaml. A run is smaller than a default one, and
-longer episodes come in smaller numbers: a run takes 4 to 10 minutes of one core.
+longer episodes come in smaller numbers: a run takes 4 to 10 minutes of an idle core, longer
+episodes more (four tasks took 35 minutes of a shared one).
 
-Most informative cells first: hiper and ppo, one task and four, then the rest, seed after seed. Each
-run ends as one line in runs/benchmarks/horizon.jsonl. A line of the same commit is not run again; a
-run that was killed goes on from its checkpoint. Lines of other commits, and our own in
+`hiper` has the settings of configs/tiny.yaml, which were tuned on single tasks. `hiper-paper` has
+the paper's lambdas and its normalisation per decision instead.
+
+Most informative cells first: hiper and ppo, one task and four, then the rest, seed after seed: 8
+seeds of hiper and ppo, 4 of the others. Each run ends as one line in
+runs/benchmarks/horizon.jsonl. A line of the same commit and --iterations is not run again; a run
+that was killed goes on from its checkpoint. Lines of other commits or iterations, and our own in
 benchmarks/results/horizon.jsonl, are shown in tables of their own.
 
     start, final   success on 300 unseen tasks, never the best of several
@@ -31,7 +36,16 @@ from threading import Lock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.ablation import ROOT, clone, commit, read_lines, run_training, show_runs
+from benchmarks.ablation import (
+    ROOT,
+    clone,
+    commit,
+    read_lines,
+    run_training,
+    short,
+    show_runs,
+    version_of,
+)
 
 OURS = ROOT / "benchmarks" / "results" / "horizon.jsonl"
 POINTS = {  # (chain, routine) -> episodes of the clone, and of an iteration
@@ -40,12 +54,13 @@ POINTS = {  # (chain, routine) -> episodes of the clone, and of an iteration
     (4, 0): (600, 32),
     (1, 1): (1200, 48),
 }
-METHODS = ("hiper", "ppo", "gigpo", "grpo", "gagpo")
-COLOURS = ("tab:red", "tab:blue", "tab:orange", "tab:green", "tab:purple")
-ROUNDS = [  # (methods, points), in this order for each seed
-    (METHODS[:2], [(4, 0), (1, 0)]),
-    (METHODS[:2], [(2, 0), (1, 1)]),
-    (METHODS[2:], list(POINTS)),
+METHODS = ("hiper", "ppo", "hiper-paper", "gigpo", "grpo", "gagpo")
+PAPER = {"method": "hiper", "lam_low": 1.0, "lam_high": 0.95, "normalize": "per_decision"}
+COLOURS = ("tab:red", "tab:blue", "tab:brown", "tab:orange", "tab:green", "tab:purple")
+ROUNDS = [  # (methods, points, seeds), in this order for each seed
+    (METHODS[:2], [(4, 0), (1, 0)], 8),
+    (METHODS[:2], [(2, 0), (1, 1)], 8),
+    (METHODS[2:], list(POINTS), 4),
 ]
 NUMBERS = ("success_start", "success_final", "training")
 
@@ -57,8 +72,8 @@ def cells(seeds):
     """(method, point, seed), most informative first."""
     return [
         (method, point, seed)
-        for methods, points in ROUNDS
-        for seed in range(seeds)
+        for methods, points, most in ROUNDS
+        for seed in range(min(seeds, most))
         for point in points
         for method in methods
     ]
@@ -86,17 +101,18 @@ def run_cell(cell, iterations, start, work):
     method, (chain, routine), seed = cell
     flags = {
         **shared_flags(cell),
-        "method": method,
+        **(PAPER if method == "hiper-paper" else {"method": method}),
         "episodes": POINTS[chain, routine][1],
         "iterations": iterations,
     }
     out = work / f"{method}-{chain}-{routine}-{seed}-{iterations}"
-    return {"chain": chain, "routine": routine, **run_training(flags, out, start)}
+    line = run_training(flags, out, start)
+    return {"chain": chain, "routine": routine, **line, "method": method}
 
 
 def run_all(todo, iterations, jobs, out):
     """Run the cells, append their lines to out/horizon.jsonl -> what failed, as sentences."""
-    work = out / "horizon" / commit()[:10]  # a run does not go on with other code
+    work = out / "horizon" / short(commit())  # a run does not go on with other code
     work.mkdir(parents=True, exist_ok=True)
     locks = {(point, seed): Lock() for _, point, seed in todo}
 
@@ -143,7 +159,7 @@ def summary(values):
 def show_table(title, lines):
     print(f"\n{title}\nMeans over seeds, [95 % bootstrap interval over seeds].")
     print(
-        f"{'chain routine method':23s} n  {'start':20s} {'final':20s} worst  "
+        f"{'chain routine method':26s} n  {'start':20s} {'final':20s} worst  "
         f"{'training':20s} 80 % at iteration"
     )
     for point in POINTS:
@@ -155,7 +171,7 @@ def show_table(title, lines):
             found = {name: [numbers_of(line)[name] for line in some] for name in NUMBERS}
             reached = [str(line["iterations_to_80"] or "-") for line in some]
             print(
-                f"{point[0]:5d} {point[1]:7d} {method:8s} {len(some):2d}  "
+                f"{point[0]:5d} {point[1]:7d} {method:11s} {len(some):2d}  "
                 f"{summary(found['success_start']):20s} {summary(found['success_final']):20s} "
                 f"{min(found['success_final']):5.1f}  {summary(found['training']):20s} "
                 f"{', '.join(reached)}"
@@ -220,12 +236,12 @@ def plot(lines, path):
     pyplot.close(figure)
 
 
-def show(out):
-    """Tables of our lines, of lines of other commits, and of this one's -> the last."""
+def show(out, iterations):
+    """Tables of our lines, of other commits or iterations, and of these -> the lines of these."""
     ours = read_lines(OURS)
     if ours:
         show_table("ours, as committed in benchmarks/results/", ours)
-    return [] if out == OURS.parent else show_runs(out, "horizon", show_table, plot)
+    return [] if out == OURS.parent else show_runs(out, "horizon", iterations, show_table, plot)
 
 
 def main(argv=None):
@@ -235,7 +251,7 @@ def main(argv=None):
         allow_abbrev=False,
     )
     parser.add_argument("--show", action="store_true", help="run nothing")
-    parser.add_argument("--seeds", type=int, default=8, help="of each cell")
+    parser.add_argument("--seeds", type=int, default=8, help="of each cell, at most")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each")
     parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks")
@@ -244,10 +260,11 @@ def main(argv=None):
     failed = []
     if not args.show:
         lines = read_lines(out / "horizon.jsonl")
-        done = {cell_of(line) for line in lines if line["commit"] == commit()}
+        this = commit(), args.iterations
+        done = {cell_of(line) for line in lines if version_of(line) == this}
         todo = [cell for cell in cells(args.seeds) if cell not in done]
         failed = run_all(todo, args.iterations, args.jobs, out)
-    lines = show(out)
+    lines = show(out, args.iterations)
     if failed:
         sys.exit("failed: " + "; ".join(failed))
     pairs = differences(lines, (4, 0), "ppo")

@@ -21,7 +21,6 @@ import json
 import pickle
 import platform
 import shutil
-import subprocess
 from importlib import metadata
 from pathlib import Path
 from statistics import mean
@@ -32,6 +31,7 @@ from tqdm import tqdm
 
 from config import ConfigError
 from support.arguments import read_settings
+from support.commit import checked_out_commit
 from support.files import remove_stale, sha256, swap_in, write_whole
 from support.loading import start_folder
 from support.lora import save_merged
@@ -117,14 +117,8 @@ def versions():
     names = ("torch", "transformers", "accelerate", "numpy")
     found = {"python": platform.python_version()}
     found.update({name: metadata.version(name) for name in names})
-    root = Path(__file__).parent.parent
-    if (root / ".git").exists():
-        words = "git --no-optional-locks describe --always --dirty --abbrev=40 --exclude=*".split()
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            found["commit"] = subprocess.run(
-                words, cwd=root, capture_output=True, text=True, check=True, timeout=20
-            ).stdout.strip()
-    return found
+    commit = checked_out_commit()
+    return {**found, "commit": commit} if commit else found
 
 
 def lock(out):

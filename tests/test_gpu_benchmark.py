@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks import ablation, scale
 from config import Config
+from support import commit
 
 ROOT = Path(__file__).parent.parent
 TINY = (
@@ -147,7 +148,7 @@ def runs(monkeypatch):
 
     def train(method, prompt, seed, iterations, start, work):
         ran.append((method, prompt, seed))
-        return made_up_line(method, prompt, seed, ablation.commit())
+        return made_up_line(method, prompt, seed, ablation.commit(), iterations)
 
     monkeypatch.setattr(ablation, "train", train)
     monkeypatch.setattr(ablation, "make_clone", lambda prompt, seed, work: work)
@@ -156,12 +157,13 @@ def runs(monkeypatch):
     return ran
 
 
-def made_up_line(method, prompt, seed, commit):
+def made_up_line(method, prompt, seed, commit, iterations=24):
     return {
         "method": method,
         "prompt": prompt,
         "seed": seed,
         "commit": commit,
+        "config": {"iterations": iterations},
         "success_start": 0.5,
         "success_final": 0.9,
         "per_task_type": {"pick_and_place_simple": 0.9},
@@ -182,6 +184,9 @@ def test_ablation_runs_what_is_missing_and_leaves_the_committed_results(tmp_path
     runs.clear()
     ablation.main(["--quick", "--jobs", "1", "--out", str(tmp_path)])
     assert runs == []
+    ablation.main(["--quick", "--jobs", "1", "--iterations", "2", "--out", str(tmp_path)])
+    assert sorted(runs) == sorted(ablation.QUICK)
+    assert "this commit: this commi, 24 iterations" in capsys.readouterr().out
 
 
 def test_ablation_keeps_lines_of_other_commits_apart(tmp_path, capsys, runs):
@@ -190,8 +195,22 @@ def test_ablation_keeps_lines_of_other_commits_apart(tmp_path, capsys, runs):
     ablation.main(["--quick", "--jobs", "1", "--out", str(tmp_path)])
     assert ("hiper", "plan-execute", 0) in runs
     assert "another commit: another co" in capsys.readouterr().out
-    mine = [line["commit"] for line in ablation.show(tmp_path)]
+    mine = [line["commit"] for line in ablation.show(tmp_path, 24)]
     assert mine == ["this commit"] * 4
+
+
+def test_lines_of_edited_code_are_not_the_commit_s(tmp_path, monkeypatch):
+    monkeypatch.setattr(commit, "ROOT", tmp_path)
+    assert ablation.commit() == "unknown"
+    (tmp_path / "file").write_text("x")
+    name = ["-c", "user.name=x", "-c", "user.email=x"]
+    for words in (["init"], ["add", "."], [*name, "commit", "-m", "x"], ["tag", "v1"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True)
+    clean = ablation.commit()
+    assert len(clean) == 40
+    (tmp_path / "file").write_text("y")
+    assert ablation.commit() == f"{clean}-dirty"
+    assert commit.short(ablation.commit()) == f"{clean[:10]}-dirty"
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,15 @@
 
 import json
 import math
+from collections import Counter
 
 import pytest
 
-from benchmarks import horizon
+from benchmarks import ablation, horizon
+from config import Config
 
 
-def line_of(method, point, seed, final=0.5, commit="this commit"):
+def line_of(method, point, seed, final=0.5, commit="this commit", iterations=10):
     return {
         "method": method,
         "prompt": "plan-execute",
@@ -16,6 +18,7 @@ def line_of(method, point, seed, final=0.5, commit="this commit"):
         "routine": point[1],
         "seed": seed,
         "commit": commit,
+        "config": {"iterations": iterations},
         "success_start": 0.25,
         "success_final": final,
         "iterations_to_80": None,
@@ -34,12 +37,13 @@ def runs(monkeypatch):
 
     def run_training(flags, out, start):
         made["runs"].append((flags, start))
-        return {**line_of(flags["method"], (0, 0), flags["seed"]), "commit": horizon.commit()}
+        return line_of(flags["method"], (0, 0), flags["seed"], iterations=flags["iterations"])
 
     monkeypatch.setattr(horizon, "clone", clone)
     monkeypatch.setattr(horizon, "run_training", run_training)
     monkeypatch.setattr(horizon, "plot", lambda lines, path: None)
-    monkeypatch.setattr(horizon, "commit", lambda: "this commit")
+    for module in (horizon, ablation):
+        monkeypatch.setattr(module, "commit", lambda: "this commit")
     return made
 
 
@@ -49,6 +53,18 @@ def test_the_most_informative_cells_come_first():
     assert cells[:4] == first
     assert {method for method, _, _ in cells[:16]} == {"hiper", "ppo"}
     assert len(cells) == len(set(cells)) == 2 * len(horizon.METHODS) * len(horizon.POINTS)
+    counts = Counter(method for method, point, _ in horizon.cells(9) if point == (4, 0))
+    assert counts.pop("hiper") == counts.pop("ppo") == 8
+    assert set(counts) == set(horizon.METHODS[2:]) and set(counts.values()) == {4}
+
+
+def test_the_paper_s_settings_are_a_method_of_their_own(tmp_path, runs):
+    line = horizon.run_cell(("hiper-paper", (4, 0), 0), 10, tmp_path, tmp_path)
+    [(flags, _)] = runs["runs"]
+    assert line["method"] == "hiper-paper" and flags["method"] == "hiper"
+    paper = Config()  # its defaults are the paper's
+    for name in ("lam_low", "lam_high", "normalize"):
+        assert flags[name] == getattr(paper, name)
 
 
 def test_all_methods_of_a_point_and_seed_share_a_clone_and_play_equally_many_episodes(
@@ -58,7 +74,7 @@ def test_all_methods_of_a_point_and_seed_share_a_clone_and_play_equally_many_epi
     assert len(runs["runs"]) == len(horizon.cells(1))
     shared = {}
     for flags, start in runs["runs"]:
-        settings = tuple(value for name, value in flags.items() if name != "method")
+        settings = tuple(value for name, value in flags.items() if name not in horizon.PAPER)
         assert shared.setdefault(start, settings) == settings
     assert len(shared) == len(horizon.POINTS)
     assert all(flags == dict(runs["clones"])[name] for name, flags in runs["clones"])
@@ -71,8 +87,20 @@ def test_runs_that_are_done_are_not_run_again(tmp_path, capsys, runs):
     (tmp_path / "horizon.jsonl").write_text(text)
     horizon.main(["--seeds", "1", "--out", str(tmp_path)])
     assert len(runs["runs"]) == len(horizon.cells(1)) - 1
-    assert "another commit: another co" in capsys.readouterr().out
+    assert "another commit: another co, 10 iterations" in capsys.readouterr().out
     assert (horizon.OURS.read_bytes() if horizon.OURS.exists() else b"") == ours
+
+
+def test_other_iterations_are_other_runs_with_a_table_of_their_own(tmp_path, capsys, runs):
+    lines = [line_of(method, (4, 0), 0) for method in ("hiper", "ppo")]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "horizon.jsonl").write_text(text)
+    horizon.main(["--seeds", "1", "--iterations", "20", "--out", str(tmp_path)])
+    assert len(runs["runs"]) == len(horizon.cells(1))
+    said = capsys.readouterr().out
+    assert "this commit: this commi, 10 iterations" in said
+    assert "this commit: this commi, 20 iterations" in said
+    assert [line["config"]["iterations"] for line in horizon.show(tmp_path, 10)] == [10, 10]
 
 
 def test_the_table_counts_seeds_and_pairs(capsys):

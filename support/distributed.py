@@ -28,6 +28,7 @@ from transformers.utils import logging as hf_logging
 from config import ConfigError
 from hae import normalize
 from support.lora import frozen_names
+from support.metrics import printable
 
 EXCHANGE = timedelta(minutes=30)  # for one exchange, in which all processes do the same
 STUCK = timedelta(minutes=15)  # how much longer than the others a process may play
@@ -325,7 +326,7 @@ def end(error, accelerator):
 
 def fail(sentence):
     """Print in one line what is wrong and return exit code 2."""
-    print(f"error: {' '.join(str(sentence).split())}", file=sys.stderr, flush=True)
+    print(f"error: {printable(' '.join(str(sentence).split()))}", file=sys.stderr, flush=True)
     return 2
 
 

@@ -16,6 +16,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
+from support.metrics import printable
 from support.world_guard import describe
 from support.world_lookup import world
 
@@ -50,7 +51,8 @@ class LocalEnvs:
         lost = [slot for slot, answer in answers.items() if isinstance(answer, ConnectionError)]
         losses = {}
         if lost:
-            reason = f"lost its server ({' '.join(str(answers[lost[0]]).split())})"
+            said = " ".join(str(answers[lost[0]]).split())
+            reason = f"lost its server ({printable(said)})"
             losses[lost[0]] = reason
             warnings.warn(
                 f"an environment of {self.world.__name__} {reason}; {len(lost)} of "

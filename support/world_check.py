@@ -7,6 +7,7 @@ import random
 
 import envs
 from config import ConfigError
+from support.metrics import printable
 from support.world_guard import describe
 
 LIMIT = 500  # steps after which an episode counts as endless
@@ -34,7 +35,7 @@ def main(words):
     else:
         faults, summary = [f"the options must be a JSON object, not {words[1]!r}"], ""
     for fault in faults:
-        print(f"error: {fault}")
+        print(f"error: {printable(fault)}")
     if not faults:
         print(f"ok: {summary}")
     return 2 if faults else 0

@@ -7,6 +7,8 @@ import math
 import traceback
 from numbers import Real
 
+from support.metrics import printable
+
 PARTS = {
     "reset": ("observation", "info"),
     "step": ("observation", "reward", "terminated", "truncated", "info"),
@@ -15,7 +17,7 @@ LARGEST = 1e6  # of rewards and scores; winning pays 1
 
 
 class WorldError(RuntimeError):
-    """An episode failed, began anew and failed again: one sentence that names world, task, reason."""
+    """An episode failed, began anew and failed again; the text names world, task and reason."""
 
 
 def sift(method, answers, steps, works):
@@ -35,7 +37,7 @@ def sift(method, answers, steps, works):
             fault = None if method == "expert" else find_fault(method, answer)
         if fault:
             turn = f"turn {steps[slot] + 1}" if method == "step" else method
-            faults[slot] = f"at {turn}: {fault}"
+            faults[slot] = printable(f"at {turn}: {fault}")  # it may quote the world's text
         else:
             good[slot] = replace_surrogates(answer)
     return good, faults

@@ -16,7 +16,7 @@ import pytest
 import envs
 from config import ConfigError
 from conftest import tiny_config
-from support import env_workers, world_check
+from support import distributed, env_workers, world_check
 from support.loading import check_world_and_model
 from worlds import household
 
@@ -572,11 +572,31 @@ def test_a_world_that_breaks_the_interface_costs_its_episode_then_is_named(
             pool.step({0: "break"})
 
 
+def test_what_a_world_raises_does_not_command_the_terminal(write, corridor, capsys):
+    """Escapes in an exception that quotes the world's text are shown as text."""
+    source = CORRIDOR.replace("        self.steps += 1\n", "        raise KeyError('a\x1b[2J')\n")
+    write(
+        "hostile",
+        source.replace(
+            "if self.done:",
+            "if action == 'east':\n            return (\n"
+            "                self.page(), 0.0, False, False, self.info())\n        if self.done:",
+        ),
+    )
+    with envs.EnvPool("hostile") as pool, pytest.warns(UserWarning) as warned:
+        pool.reset({0: 0})
+        pool.step({0: "east"})
+        pool.step({0: "west"})
+    assert "a\\x1b[2J" in str(warned[0].message) and "\x1b" not in str(warned[0].message)
+    distributed.fail("a\x1b[2J")
+    assert capsys.readouterr().err == "error: a\\x1b[2J\n"
+
+
 def test_two_episodes_of_one_task_that_fail_once_each_have_not_failed_twice(write, corridor):
     """As in a group: in the same step, and while the other's second try runs."""
     source = CORRIDOR.replace(
         "        self.steps += 1\n",
-        "        self.steps += 1\n        if action == 'break':\n            raise KeyError('lamp')\n",
+        "        self.steps += 1\n        assert action != 'break'\n",
     )
     write("grouped", source)
     with envs.EnvPool("grouped") as pool, pytest.warns(UserWarning, match="begins anew"):

@@ -82,19 +82,19 @@ def main(argv=None):
             )
             if args.html or args.show:
                 viewer.show_episodes(args, played, actor, config, tokenizer, accelerator)
+        protocol = {
+            **described,
+            "split": split,
+            "tasks": f"{len(tasks)} of {size}, each once",
+            "temperature": result["temperature"],
+            "seed": result["seed"],
+        }
+        if accelerator.is_main_process:
+            show_evaluation(result, protocol, config.env)
+            if args.json:
+                write_evaluation(args.json, result, protocol)
     except (ConfigError, OSError, ValueError, RuntimeError) as error:
         end(error, state)
-    protocol = {
-        **described,
-        "split": split,
-        "tasks": f"{len(tasks)} of {size}, each once",
-        "temperature": result["temperature"],
-        "seed": result["seed"],
-    }
-    if accelerator.is_main_process:
-        show_evaluation(result, protocol, config.env)
-        if args.json:
-            write_evaluation(args.json, result, protocol)
     finish(accelerator)
 
 

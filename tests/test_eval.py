@@ -1,7 +1,9 @@
 """eval.py: it says what training said, and refuses what it cannot do."""
 
+import errno
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,6 +134,18 @@ def test_eval_says_what_training_said(trained, tmp_path):
     assert len(got["interval"]) == 2
     assert format_table(got) in done.out
     assert tree(trained.out) == before
+
+
+def test_a_disk_that_fills_up_during_an_evaluation(trained, tmp_path, monkeypatch, capsys):
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write)
+    with pytest.raises(SystemExit) as exit:
+        evaluation.main([str(trained.out), "--episodes", "2", "--json", str(tmp_path / "x.json")])
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2 and "2 episodes" in out
+    assert err.startswith("error: ") and "No space left" in err and "Traceback" not in err
 
 
 def test_eval_flags(trained, capsys):

@@ -18,7 +18,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from tqdm import tqdm
@@ -95,7 +95,12 @@ def is_sharded(accelerator):
 
 
 def check_sharding(config, accelerator):
-    """ConfigError for what does not work with FSDP2."""
+    """ConfigError for DeepSpeed, and for what does not work with FSDP2."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ConfigError(
+            "DeepSpeed does not work here, since its engine clips and steps by itself: take FSDP2 "
+            "(configs/accelerate/fsdp.yaml)"
+        )
     if is_sharded(accelerator) and config.optimizer != "adamw":
         raise ConfigError(f"--optimizer {config.optimizer} does not work with FSDP: take adamw")
     if is_sharded(accelerator) and config.lora:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM
 
 import hiper
@@ -229,7 +230,7 @@ def test_what_cannot_work_is_refused(monkeypatch, model, tmp_path):
         check(tiny_config(lora=8))
     with pytest.raises(ConfigError, match="--lora must be at least 0"):
         check(tiny_config(model="x", lora=-1))
-    sharded = SimpleNamespace(is_fsdp2=True)
+    sharded = SimpleNamespace(is_fsdp2=True, distributed_type=DistributedType.FSDP)
     with pytest.raises(ConfigError, match="--lora does not work with FSDP"):
         check_sharding(tiny_config(model="x", lora=8), sharded)
     check_sharding(tiny_config(), sharded)

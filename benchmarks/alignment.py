@@ -17,11 +17,13 @@ DIR is the folder `start` of a run of the household, see `python train.py`.
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
 
 import torch
 from accelerate import Accelerator

@@ -17,12 +17,14 @@ model before training, RUN/best the one before the best save.
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
 
 import torch
 from transformers.utils import logging
@@ -64,6 +66,11 @@ def agreement(pairs):
             theirs += expected
             both += mine and expected
             same += agent[t][1] == plan[t]
+    if not turns:
+        raise ConfigError(
+            "there is nothing to compare: no episode has a second turn at which the demonstrator "
+            "has advice"
+        )
     agreed = (turns - ours - theirs + 2 * both) / turns
     chance = (ours * theirs + (turns - ours) * (turns - theirs)) / turns**2
     return {

@@ -16,7 +16,11 @@ correlation of what it puts on a decision's tokens with that decision's true adv
              correlations are divided by the square root of the truth's reliability
     error    mean squared error over the true advantage's mean square, both without the noise of
              the truth; 1 is what an estimate of 0 has. Only for estimates in the return's units
-    [a, b]   95 % interval, bootstrapped over tasks
+    [a, b]   95 % interval, bootstrapped over tasks, the reliability anew in each draw; draws
+             in which the truth is nothing but noise are left out
+
+Playing on from a state until the episode ends counts nothing after the step limit, so the
+estimators do not bootstrap there either. `--json` also gets the measured turns, in columns.
 
 It needs a world whose environments can be copied (the household). `--start` judges the estimators
 before training.
@@ -25,6 +29,7 @@ before training.
 import argparse
 import copy
 import json
+import os
 import random
 import shutil
 import sys
@@ -34,6 +39,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
 
 import torch
 from accelerate.utils import set_seed
@@ -181,6 +187,7 @@ def estimate(run, batch):
 
 
 def correlation(x, y):
+    """Pearson's, of two [M]."""
     x, y = x - x.mean(), y - y.mean()
     return float((x * y).sum() / (x.norm() * y.norm()).clamp(min=1e-12))
 
@@ -204,25 +211,29 @@ def relative_error(estimates, halves):
     return float(error / (truth.square().mean() - noise))
 
 
-def compare(estimates, halves, tasks, draws=1000):
-    """Correlation with the truth, corrected for its noise -> (value, low, high).
-
-    estimates: [M]; halves: [M, 2], two independent measurements of the truth; tasks: [M] ints, the
-    units of the bootstrap. NaN where the truth is nothing but noise.
-    """
-    truth = halves.mean(1)
+def corrected_correlation(estimates, halves):
+    """Correlation with the truth, corrected for its noise; NaN where the truth is only noise."""
     trust = reliability(halves)
     if trust <= 0:
-        return (float("nan"),) * 3
+        return float("nan")
+    return correlation(estimates, halves.mean(1)) / trust**0.5
+
+
+def with_interval(statistic, estimates, halves, tasks, draws=1000):
+    """-> (statistic(estimates, halves), and the low and high end of its 95 % interval).
+
+    estimates: [M]; halves: [M, 2], two independent measurements of the truth; tasks: [M] ints, the
+    units of the bootstrap.
+    """
     rng = random.Random(0)
     rows_of = {task: (tasks == task).nonzero()[:, 0] for task in tasks.unique().tolist()}
     found = []
     for _ in range(draws):
         drawn = rng.choices(list(rows_of), k=len(rows_of))
         rows = torch.cat([rows_of[task] for task in drawn])
-        found.append(correlation(estimates[rows], truth[rows]) / trust**0.5)
-    low, high = torch.tensor(found).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return correlation(estimates, truth) / trust**0.5, low, high
+        found.append(statistic(estimates[rows], halves[rows]))
+    low, high = torch.tensor(found).nanquantile(torch.tensor([0.025, 0.975])).tolist()
+    return statistic(estimates, halves), low, high
 
 
 def judge(run, args):
@@ -259,6 +270,7 @@ def judge(run, args):
         "spread": {},
         "correlation": {name: {} for name in ESTIMATORS},
         "error": {name: {} for name in ESTIMATORS if name not in OTHER_UNITS},
+        "measured": {},
     }
     for kind, found in rows.items():
         table = torch.tensor(found)  # [M, 4]
@@ -266,11 +278,16 @@ def judge(run, args):
         halves = table[:, 2:]
         result["reliability"][kind] = reliability(halves)
         result["spread"][kind] = float(halves.mean(1).std())
+        columns = {"task": [tasks[n] for n in (b // GROUP).tolist()]}
+        columns.update({"episode": b.tolist(), "turn": t.tolist(), "halves": halves.tolist()})
+        result["measured"][kind] = columns
         for name, advantages in estimated.items():
             found = advantages[kind][b, t]
-            result["correlation"][name][kind] = compare(found, halves, b // GROUP)
+            columns[name] = found.tolist()
+            judged = found, halves, b // GROUP
+            result["correlation"][name][kind] = with_interval(corrected_correlation, *judged)
             if name in result["error"]:
-                result["error"][name][kind] = relative_error(found, halves)
+                result["error"][name][kind] = with_interval(relative_error, *judged)
     return result
 
 
@@ -285,10 +302,10 @@ def show(result):
         "std of the true advantage": {k: f"{x:.2f}" for k, x in result["spread"].items()},
         "reliability of the truth": {k: f"{x:.2f}" for k, x in result["reliability"].items()},
     }
-    for name, by_kind in result["correlation"].items():
+    judged = dict(result["correlation"])
+    judged.update({f"error of {name}": by_kind for name, by_kind in result["error"].items()})
+    for name, by_kind in judged.items():
         rows[name] = {k: "{:.2f} [{:.2f}, {:.2f}]".format(*found) for k, found in by_kind.items()}
-    for name, by_kind in result["error"].items():
-        rows[f"error of {name}"] = {kind: f"{error:.2f}" for kind, error in by_kind.items()}
     for name, cells in rows.items():
         print(f"{name:34s}" + "".join(f"{cells[kind]:>22s}" for kind in DECISIONS))
 
@@ -312,6 +329,7 @@ def main(argv=None):
         try:
             config, _, _ = load_run(args.out)
             config = replace(config, method="hiper", kl_coef=0.0, untrained_kl_coef=0.0)
+            config = replace(config, bootstrap=False)  # the truth counts nothing after the end
             folder = args.out
             if args.start:  # a run without a checkpoint begins with the start model
                 folder = Path(scratch)

@@ -12,11 +12,13 @@ The last line is the success with parts replaced over the agent's. Minutes for t
 """
 
 import argparse
+import os
 import random
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
 
 import torch
 from transformers.utils import logging

@@ -11,6 +11,7 @@ import base64
 import contextlib
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -62,6 +63,7 @@ def save_svg(figure):
 
 
 def main():
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
     notebook = json.loads(NOTEBOOK.read_text())
     shutil.rmtree(NOTEBOOK.parent / "tour", ignore_errors=True)  # of an earlier run
     with contextlib.chdir(NOTEBOOK.parent):

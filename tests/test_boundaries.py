@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import boundaries
+from config import ConfigError
 from worlds import household
 
 
@@ -36,6 +37,12 @@ def test_boundaries_are_counted_turn_by_turn():
 def test_no_boundary_at_all_is_no_number():
     result = boundaries.agreement([(agent("a", "a"), ["a", "a"])])
     assert result["precision"] is None and result["recall"] is None and result["kappa"] is None
+
+
+@pytest.mark.parametrize("pairs", [[(agent("a"), ["a"])], [(agent("a", "b"), [])]])
+def test_nothing_to_compare_is_one_sentence(pairs):
+    with pytest.raises(ConfigError, match="no episode has a second turn"):
+        boundaries.agreement(pairs)
 
 
 def test_the_demonstrator_s_plan_along_its_own_actions():

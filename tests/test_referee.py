@@ -82,17 +82,39 @@ def test_correlation_is_corrected_for_the_noise_of_the_truth():
     halves = truth[:, None] + 2 * torch.randn(4000, 2)
     tasks = torch.arange(4000) // 20
     assert referee.reliability(halves) == pytest.approx(1 / 3, abs=0.03)
-    value, low, high = referee.compare(estimates, halves, tasks, draws=200)
+    judged = estimates, halves, tasks
+    value, low, high = referee.with_interval(referee.corrected_correlation, *judged, draws=200)
     assert value == pytest.approx(0.8, abs=0.05)
     assert low < value < high and high - low < 0.2
+    value, low, high = referee.with_interval(referee.relative_error, *judged, draws=200)
+    assert value == pytest.approx(0.4, abs=0.1)  # 0.2 ** 2 + 0.6 ** 2
+    assert low < value < high and high - low < 0.4
+
+
+def test_intervals_know_that_the_reliability_is_estimated():
+    """A perfect estimate of a truth seen twice: the noise of the reliability alone."""
+    torch.manual_seed(0)
+    truth = torch.randn(100)
+    halves = truth[:, None] + torch.randn(100, 2)
+    trust = referee.reliability(halves)
+
+    def fixed(estimates, halves):
+        return referee.correlation(estimates, halves.mean(1)) / trust**0.5
+
+    found = [
+        referee.with_interval(statistic, truth, halves, torch.arange(100) // 4, draws=300)
+        for statistic in (fixed, referee.corrected_correlation)
+    ]
+    assert found[0][0] == found[1][0]
+    assert found[0][1:] != found[1][1:]
 
 
 def test_noise_alone_has_no_correlation_and_no_error():
     torch.manual_seed(1)
     halves = torch.tensor([[1.0, -1.0], [-1.0, 1.0], [2.0, -2.0]])
-    assert all(x != x for x in referee.compare(torch.rand(3), halves, torch.arange(3)))
-    error = referee.relative_error(torch.rand(3), halves)
-    assert error != error
+    for statistic in (referee.corrected_correlation, referee.relative_error):
+        found = referee.with_interval(statistic, torch.rand(3), halves, torch.zeros(3), draws=9)
+        assert all(x != x for x in found)
 
 
 def test_the_error_is_without_the_noise_of_the_truth():

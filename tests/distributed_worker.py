@@ -73,6 +73,22 @@ def play(given, way, accelerator):
     return result.metrics, result.weights, [len(part) for part in result.minibatches]
 
 
+def play_with_nan(given, accelerator):
+    """An iteration in which the loss of the second process alone is NaN -> as `play`."""
+    loss_terms = ppo.loss_terms
+
+    def harmed(*words):
+        terms = loss_terms(*words)
+        if accelerator.process_index == 1:
+            terms["policy_loss"] = terms["policy_loss"] * float("nan")
+        return terms
+
+    ppo.loss_terms = harmed
+    answer = play(given, {"backbone": "separate"}, accelerator)
+    ppo.loss_terms = loss_terms
+    return answer
+
+
 # ---- under FSDP2 -------------------------------------------------------------------------------
 
 
@@ -237,6 +253,8 @@ def main(folder, kind):
         answers["generated"] = generate_at_its_own_pace(given, accelerator)
         (folder / "saved").mkdir(exist_ok=True)
         answers["checkpoint"] = save_and_load(given, folder / "saved", accelerator)
+    else:
+        answers["nan"] = play_with_nan(given, accelerator)
     answers["bfloat16"] = in_bfloat16(given, folder, kind)
     if kind == "fsdp":
         whole_runs(folder)

@@ -3,6 +3,7 @@
 Also the flat prompt's parser, penalties, warnings of a collapse, and benchmarks/swap.py.
 """
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -541,6 +542,20 @@ def test_each_warning_names_its_entry_of_the_faq():
         assert f"the agent {name}, " in said
         assert said.endswith(f"(docs/faq.md#{name.replace(' ', '-')})")
         assert f"\n### {name}\n" in faq
+
+
+def test_the_committed_runs_of_which_none_collapsed_have_no_warning():
+    """Their lines hold success, and switches: a rate of theirs that is never above the true one."""
+    path = Path(__file__).parent.parent / "benchmarks" / "results" / "ablation.jsonl"
+    runs = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(runs) == 35
+    for run in runs:
+        lines = log_lines(run["curve"])
+        for line, switches in zip(lines, run["switches"], strict=True):
+            line["switch_rate"] = switches / 14  # the choices of an episode of 15 turns, the most
+        hierarchical = run["prompt"] == "plan-execute"
+        warnings = [collapse_warning(lines[:end], hierarchical) for end in range(1, len(lines) + 1)]
+        assert warnings == [None] * len(lines), (run["method"], run["prompt"], run["seed"])
 
 
 def test_an_agent_without_switches_cannot_lose_them():

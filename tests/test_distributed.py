@@ -15,10 +15,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM
 
 import eval as evaluation
 import train
+from config import ConfigError
 from conftest import tiny_config
 from distributed_worker import play
 from script_tools import (
@@ -153,6 +155,15 @@ def test_two_processes_make_the_step_of_one(request, given, one_process, kind, n
     if name == "a process without rows":
         assert len(parts) == 2
         assert counts[1][1] == 0 < counts[0][1]
+
+
+def test_a_nan_gradient_of_one_process_is_a_step_that_both_leave_out(given, ddp):
+    before = given["actor"].state_dict()
+    for answers in ddp.ranks:
+        metrics, weights, _ = answers["nan"]
+        assert metrics["skipped_steps"] == 1 and metrics["policy_loss"] is None
+        assert all(torch.equal(weights[f"actor.{name}"], w) for name, w in before.items())
+    assert same(ddp.ranks[0]["nan"][1], ddp.ranks[1]["nan"][1])
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -317,6 +328,40 @@ def test_one_of_two_processes_hangs_dies_or_fails(stopped, harm, wait, said):
     if "exit" not in harm or "error: " in done.err:  # torchrun may be faster, and names it too
         assert len(re.findall(f"error: {said}", done.err)) == 1, done.err[-3000:]
     assert "Error:" not in done.err.replace("ChildFailedError:", "")
+
+
+SIGNALLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import train
+from support import stopping
+collect, leave = train.collect, stopping.leave
+def signalled(*words, **more):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return collect(*words, **more)
+def noted(code):
+    (Path(__file__).parent / os.environ["RANK"]).write_text(str(code))
+    leave(code)
+train.collect, stopping.leave = signalled, noted
+train.main(sys.argv[1:])
+"""
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_end_of_the_iteration(stopped):
+    path = stopped.parent / "signalled.py"
+    path.write_text(SIGNALLED.format(root=str(ROOT)))
+    done = two_processes(path, *flags(stopped, eval_episodes=2))
+    assert [(path.parent / rank).read_text() for rank in "01"] == ["143", "143"], done.err[-3000:]
+    assert done.err.count("stopped: the same command goes on from here") == 1
+    assert saved_iteration(stopped / "checkpoint") == len(metrics_of(stopped)) == 1
+
+
+def test_deepspeed_is_refused():
+    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, is_fsdp2=False)
+    with pytest.raises(ConfigError, match="take FSDP2"):
+        distributed.check_sharding(tiny_config(), accelerator)
 
 
 def test_an_exchange_that_fails_names_the_process(monkeypatch):

@@ -283,7 +283,7 @@ def judge(run, args):
         result["measured"][kind] = columns
         for name, advantages in estimated.items():
             found = advantages[kind][b, t]
-            columns[name] = found.tolist()
+            columns[name] = [round(x, 4) for x in found.tolist()]
             judged = found, halves, b // GROUP
             result["correlation"][name][kind] = with_interval(corrected_correlation, *judged)
             if name in result["error"]:

@@ -1,5 +1,6 @@
 """benchmarks/referee.py: the true advantages, and the correlation of estimates with them."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -132,6 +133,22 @@ def test_too_few_turns_are_refused(run):
     args = SimpleNamespace(tasks=1, turns=1, rollouts=2)
     with pytest.raises(ConfigError, match="--turns"):
         referee.judge(run, args)
+
+
+def test_the_measured_turns_are_in_the_result(run, monkeypatch, capsys):
+    """An agent that writes one valid turn for ever: nothing but noise, shown as such."""
+    ids = run.tokenizer(TEXT)["input_ids"]
+    monkeypatch.setattr(
+        referee, "respond", lambda actor, tokenizer, prompts, *_: [ids] * len(prompts)
+    )
+    result = referee.judge(run, SimpleNamespace(tasks=2, turns=5, rollouts=2))
+    for kind, columns in result["measured"].items():
+        assert {len(column) for column in columns.values()} == {result["turns"][kind]}
+        assert set(referee.ESTIMATORS) < set(columns)
+        assert len(set(columns["task"])) <= 2 and len(columns["halves"][0]) == 2
+    assert json.dumps(result)
+    referee.show(result)
+    assert "error of HAE 0.9 0.7" in capsys.readouterr().out
 
 
 def test_every_estimator_gives_each_decision_an_advantage(run):

@@ -71,7 +71,7 @@ def _demonstrate(pool, tasks, config, rng, *, random_subgoals, action_noise, wro
         advice = _advice(pool, agents, rng, random_subgoals)
         for slot in agents.keys() - advice.keys():
             del agents[slot]
-            if tasks[slot] in pool.failed:  # else the expert has no more advice
+            if pool.failed[tasks[slot]]:  # else the expert has no more advice
                 del shown[slot]
         done = {}
         for slot, (switch, subgoal, action) in advice.items():

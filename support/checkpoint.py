@@ -29,7 +29,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from config import ConfigError
+from config import FIELDS, ConfigError
 from support.arguments import read_settings
 from support.commit import checked_out_commit
 from support.files import remove_stale, sha256, swap_in, write_whole
@@ -39,6 +39,9 @@ from support.plots import plot_curves
 
 # Settings that do not change what is learnt: a run goes on with others.
 FREE = {"out", "iterations", "micro_batch_tokens", "num_envs", "save_every", "eval_episodes"}
+# Settings that shape the clone in OUT/start. Until the first checkpoint only these must stay.
+CLONED = {"env", "env_options", "model", "prompt", "history", "short_prompt", "max_prompt_tokens"}
+CLONED |= {"seed", "gamma", "bc_episodes", "lora", "attention"}
 
 
 @contextlib.contextmanager
@@ -78,14 +81,15 @@ def _prepare_run_dir(out, config, processes):
     path = out / "config.json"
     if path.is_file():
         differs = differences(path, mine)
-        refused = [text for name, text in differs.items() if name not in FREE]
-        if refused and has_learnt(out):
+        fixed = fixed_settings(out)
+        refused = [text for name, text in differs.items() if name in fixed]
+        if refused:
             raise ConfigError(
                 f"{out} holds another run ({'; '.join(refused)}): give another --out, or remove it"
             )
         if differs:
             tqdm.write(f"{out} goes on with other settings: {'; '.join(differs.values())}")
-        if has_learnt(out):
+        if fixed:
             say_other_counts(out, json.loads(path.read_text()).get("counts", counts), counts)
     elif out.exists():
         names = {"config.tmp", "start", "lock"}
@@ -152,9 +156,11 @@ def differences(path, mine):
     }
 
 
-def has_learnt(out):
-    """Whether the folder holds anything that its settings have shaped."""
-    return any((out / name).exists() for name in ("start", "checkpoint", "checkpoint.old"))
+def fixed_settings(out):
+    """The settings that have shaped what the folder holds."""
+    if any((out / name).exists() for name in ("checkpoint", "checkpoint.old")):
+        return FIELDS.keys() - FREE
+    return CLONED if (out / "start").exists() else set()
 
 
 def save_checkpoint(out, run, iteration, log):

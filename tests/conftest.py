@@ -83,7 +83,7 @@ def on_the_cpu(monkeypatch):
 def place(trained, tmp_path, monkeypatch):
     """A working directory with an unfinished run, a folder that is none, and configurations."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run" / "start").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
     shutil.copy(trained.out / "config.json", tmp_path / "run")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("ten years of work")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import train
 from config import FIELDS, ConfigError
 from conftest import tiny_config
 from script_tools import assert_user_error
-from support import checkpoint
+from support import checkpoint, cloning, demonstrations
 from support.arguments import read_config, read_eval_arguments, read_settings
 
 
@@ -197,6 +198,26 @@ def test_a_failed_first_try_does_not_block_the_next(folder):
     assert read_settings(out / "config.json").lr == 0.5
 
 
+def test_until_the_first_checkpoint_only_what_shaped_the_clone_must_stay(folder, capfd):
+    out = folder / "run"
+    (out / "start").mkdir(parents=True)
+    checkpoint.prepare_run_dir(out, tiny_config(lr=5.0)).close()
+    for changes in (dict(gamma=0.5), dict(history=1), dict(seed=1), dict(bc_episodes=7)):
+        with pytest.raises(ConfigError, match=f"another run .{next(iter(changes))} "):
+            checkpoint.prepare_run_dir(out, tiny_config(lr=5.0, **changes))
+    checkpoint.prepare_run_dir(out, tiny_config(lr=6e-4, kl_coef=0.1)).close()
+    assert "lr 5.0 before, 0.0006 now" in capfd.readouterr().out
+    (out / "checkpoint.old").mkdir()
+    with pytest.raises(ConfigError, match="another run"):
+        checkpoint.prepare_run_dir(out, tiny_config(lr=5.0, kl_coef=0.1))
+
+
+def test_what_cloning_reads_is_known_to_shape_it():
+    source = Path(cloning.__file__).read_text() + Path(demonstrations.__file__).read_text()
+    read = set(re.findall(r"\bconfig\.(\w+)", source))
+    assert {"gamma", "bc_episodes", "num_envs"} < read <= checkpoint.CLONED | checkpoint.FREE
+
+
 def test_a_configuration_with_and_without_versions(folder):
     """config.json says what a run is made with; a run of other versions, or of a time when they
     were not recorded, is the same run."""
@@ -207,7 +228,7 @@ def test_a_configuration_with_and_without_versions(folder):
     assert saved["versions"] == checkpoint.versions()
     if (Path(checkpoint.__file__).parent.parent / ".git").exists():
         assert len(saved["versions"]["commit"].removesuffix("-dirty")) == 40
-    (out / "start").mkdir()
+    (out / "checkpoint").mkdir()
     for versions in ({"versions": {"torch": "1.0"}}, {}):
         old = {**dataclasses.asdict(config), **versions}
         (out / "config.json").write_text(json.dumps(old))

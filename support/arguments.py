@@ -48,7 +48,7 @@ def read_config(argv):
     else:
         world_file = CONFIGS / f"tiny-{env}.yaml"
         layers.append(_read_file(CONFIGS / "tiny.yaml"))
-    if path is None and world_file.is_file():
+    if path is None and os.path.isfile(world_file):  # False also for a name too long
         layers.append(_read_file(world_file))
     values = {}
     for layer in [*layers, given]:

@@ -113,6 +113,7 @@ TRAIN = [
     ("--env config", "no world"),
     ("--env leaves", "'leaves' does not work: SystemExit: 3"),
     ("--env ../x", "no world"),
+    ("--env " + "x" * 300, "no world"),
     ("--out ~nobody_of_that_name/run", "there is no such user"),
     ("--out file", "not a run of this script"),
     ("--out file/run", "--out file/run cannot be made"),
@@ -149,6 +150,7 @@ EVAL = [
     ("empty --episodes 1.5", "--episodes"),
     ("--model empty --env household", "no model"),
     ("--model empty --env household --env_options {", "--env_options"),
+    ("--model empty --env " + "x" * 300, "no world"),
 ]
 
 

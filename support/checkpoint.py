@@ -32,7 +32,7 @@ from tqdm import tqdm
 from config import FIELDS, ConfigError
 from support.arguments import read_settings
 from support.commit import checked_out_commit
-from support.files import remove_stale, sha256, swap_in, write_whole
+from support.files import make_way, remove_stale, sha256, swap_in, write_whole
 from support.loading import start_folder
 from support.lora import save_merged
 from support.plots import plot_curves
@@ -88,7 +88,10 @@ def _prepare_run_dir(out, config, processes):
                 f"{out} holds another run ({'; '.join(refused)}): give another --out, or remove it"
             )
         if differs:
-            tqdm.write(f"{out} goes on with other settings: {'; '.join(differs.values())}")
+            text = "; ".join(differs.values())
+            if "iterations" in differs and config.final_lr_fraction < 1:
+                text += ". With --iterations the schedule of the learning rate changes"
+            tqdm.write(f"{out} goes on with other settings: {text}")
         if fixed:
             say_other_counts(out, json.loads(path.read_text()).get("counts", counts), counts)
     elif out.exists():
@@ -245,7 +248,8 @@ def is_best(lines, every):
 def load_checkpoint(out, run):
     """Load the last whole checkpoint into the run -> (iteration, log); (0, empty) for none.
 
-    The log and its picture are written from it, should they be older. Called by all processes.
+    The log and its picture are written from it, should they be older. A whole one takes the place
+    of a damaged newer one, which the next save removes. Called by all processes.
     ConfigError where checkpoints exist and none is whole, or where it does not fit the run.
     """
     accelerator = run.accelerator
@@ -263,7 +267,11 @@ def load_checkpoint(out, run):
     except (RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{folder} is whole but does not fit this run: {reason}") from error
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        if damaged:  # else the next save would move it over the whole one
+            make_way(out / "checkpoint")
+            folder.rename(out / "checkpoint")
         write_log(out, saved["log"])
         plot_curves(out, saved["log"])
     return saved["iteration"], saved["log"]

@@ -78,6 +78,12 @@ def test_every_flipped_bit_is_noticed(saved, capsys):
     """In any file, at any place: the checkpoint before is loaded, with a sentence that names the
     file. Flipped back, the newest is loaded again."""
     run, out = saved
+
+    def load_the_one_before():
+        assert checkpoint.load_checkpoint(out, run)[0] == 1
+        (out / "checkpoint").rename(out / "checkpoint.old")  # as it was
+        (out / "checkpoint.stale-0").rename(out / "checkpoint")
+
     rng = random.Random(0)
     paths = [path for path in sorted((out / "checkpoint").rglob("*")) if path.is_file()]
     assert {path.name for path in paths} > {"run.json", "optimizer.bin"}
@@ -88,14 +94,14 @@ def test_every_flipped_bit_is_noticed(saved, capsys):
             harmed[place] ^= 1 << rng.randrange(8)
             path.write_bytes(harmed)
             capsys.readouterr()
-            assert checkpoint.load_checkpoint(out, run)[0] == 1, (path, place)
+            load_the_one_before()
             said = capsys.readouterr().out
             assert "checkpoint is damaged" in said
             assert path.name in said
         path.write_bytes(raw)
         assert checkpoint.load_checkpoint(out, run)[0] == 2
         path.unlink()
-        assert checkpoint.load_checkpoint(out, run)[0] == 1
+        load_the_one_before()
         path.write_bytes(raw)
 
 
@@ -189,6 +195,29 @@ class Killed(BaseException):
 
 def kill(*_, **__):
     raise Killed
+
+
+def test_killed_in_the_save_after_a_damaged_checkpoint_the_whole_one_is_left(saved, monkeypatch):
+    """The newest is damaged, the one before is loaded, and the next save ends between its two
+    swaps."""
+    run, out = saved
+    (out / "checkpoint" / "optimizer.bin").write_bytes(b"junk")
+    assert checkpoint.load_checkpoint(out, run)[0] == 1
+    assert saved_iteration(out / "checkpoint") == 1
+    swap_in = checkpoint.swap_in
+
+    def killed_at_the_second(new, place):
+        if place.name == "checkpoint":
+            raise Killed
+        swap_in(new, place)
+
+    monkeypatch.setattr(checkpoint, "swap_in", killed_at_the_second)
+    with pytest.raises(Killed):
+        checkpoint.save_checkpoint(out, run, 2, LOG)
+    monkeypatch.setattr(checkpoint, "swap_in", swap_in)
+    assert checkpoint.load_checkpoint(out, run)[0] == 1
+    checkpoint.save_checkpoint(out, run, 2, LOG)
+    assert {path.name for path in out.glob("checkpoint*")} == {"checkpoint", "checkpoint.old"}
 
 
 def test_killed_in_the_last_evaluation_nothing_is_trained_again(trained, stopped, monkeypatch):

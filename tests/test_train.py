@@ -385,7 +385,9 @@ def test_a_run_goes_on_with_more_iterations(trained, tmp_path, capfd):
         train.main(flags(out, iterations=4, gamma=0.5))
     assert "gamma 0.95 before, 0.5 now" in capfd.readouterr().err
     train.main(flags(out, iterations=4, num_envs=2))
-    assert "iterations 3 before, 4 now" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "iterations 3 before, 4 now" in said
+    assert "the schedule of the learning rate changes" in said
     assert [line["iteration"] for line in metrics_of(out)] == [0, 1, 2, 3]
     assert metrics_of(out)[:3] == metrics_of(trained.out)
     assert json.loads((out / "config.json").read_text())["iterations"] == 4

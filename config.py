@@ -147,10 +147,15 @@ class Config:
     )
 
     bc_episodes: int = setting(
-        0, "the expert's demonstrations that the model is fine-tuned on first; 0: none", low=0
+        0,
+        "episodes of the world's demonstrator, which makes mistakes on purpose, that the model is "
+        "fine-tuned on first; 0: none",
+        low=0,
     )
     eval_episodes: int = setting(0, "tasks of that split; 0: all", low=0)
     save_every: int = setting(10, "iterations between checkpoints and printed episodes", low=1)
+
+    source = "the defaults"  # not a setting: the files that support/arguments.py has read
 
     def __post_init__(self):
         if not self.group_size:

@@ -20,7 +20,7 @@ GROUPS = {  # first field of a group -> its title in --help
     "episodes": "Rollout",
     "gamma": "Advantages",
     "critic": "Update",
-    "bc_episodes": "The tiny agent, evaluation and checkpoints",
+    "bc_episodes": "Warm start, evaluation and checkpoints",
 }
 
 
@@ -42,23 +42,25 @@ def read_config(argv):
         raise ConfigError(f"--{name} is no setting: it goes with train.py alone")
     given = {**(_read_file(path) if path else {}), **flags}
     env = given.get("env", Config.env)
-    layers = []
+    files = []
     if given.get("model"):
         world_file = CONFIGS / f"{env}-1.5b.yaml"
     else:
         world_file = CONFIGS / f"tiny-{env}.yaml"
-        layers.append(_read_file(CONFIGS / "tiny.yaml"))
+        files.append(CONFIGS / "tiny.yaml")
     if path is None and os.path.isfile(world_file):  # False also for a name too long
-        layers.append(_read_file(world_file))
+        files.append(world_file)
     values = {}
-    for layer in [*layers, given]:
+    for layer in [*map(_read_file, files), given]:
         values.update(layer)
     values = {name: _convert(name, value) for name, value in values.items()}
     for name in ("out", "model"):
         values[name] = os.path.expanduser(values.get(name, ""))
         if values[name].startswith("~"):
             raise ConfigError(f"--{name} {values[name]}: there is no such user")
-    return Config(**values)
+    config = Config(**values)
+    config.source = ", ".join(file.name for file in [*files, path] if file) or Config.source
+    return config
 
 
 def read_train_arguments(argv):

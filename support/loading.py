@@ -247,7 +247,7 @@ def choose_tasks(size, count):
 
 
 def describe_run(run, out):
-    """One line: on what, with which model, in which world, where to."""
+    """One line: on what, with which model and settings, in which world, where to."""
     config, accelerator = run.config, run.accelerator
     precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     parameters = sum(p.numel() for p in run.model.actor.parameters()) / 1e6
@@ -257,5 +257,5 @@ def describe_run(run, out):
     return (
         f"{config.method} in {config.env} on {accelerator.num_processes} x "
         f"{accelerator.device.type}, {precision}; {name}, {parameters:.1f} million parameters; "
-        f"settings and results in {out}"
+        f"settings of {config.source}; all in {out}"
     )

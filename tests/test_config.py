@@ -55,6 +55,20 @@ def test_what_the_code_reads_of_a_config_exists():
     assert read <= known | {"hidden_size", "json", "py", "tmp", "to_dict", "vocab_size"}
 
 
+def test_a_config_knows_the_files_it_was_read_from(tmp_path):
+    (tmp_path / "mine.yaml").write_text("seed: 3\n")
+    for words, source in {
+        "": "tiny.yaml",
+        "--env alfworld": "tiny.yaml, tiny-alfworld.yaml",
+        f"{tmp_path}/mine.yaml": "tiny.yaml, mine.yaml",
+        "--model x": "the defaults",
+        "--model x --env alfworld": "alfworld-1.5b.yaml",
+        f"{tmp_path}/mine.yaml --model x": "mine.yaml",
+    }.items():
+        assert read_config(words.split()).source == source
+    assert "source" not in dataclasses.asdict(Config())
+
+
 def test_a_config_file_and_flags_over_it(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(

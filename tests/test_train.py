@@ -80,6 +80,7 @@ def test_training_writes_what_it_promises(trained):
         assert (trained.out / "curve.png").read_bytes()[:4] == b"\x89PNG"
     for word in ("task ", "A_subgoal", "A_action"):  # one episode in full
         assert word in trained.said
+    assert "settings of tiny.yaml; all in run" in trained.said
     assert "unseen, 6 tasks, temperature 0.4, iteration 3" in trained.said
     for word in ("Traceback", "Warning", "WARNING"):
         assert word not in trained.said

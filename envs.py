@@ -10,7 +10,7 @@ A world is a Python module with
     TINY_AGENT = {...}                  optional: options of `make` for the tiny agent
     MAX_STEPS = 100                     optional, where `make` has no option max_steps: the pool
                                         then truncates an episode after so many steps
-    DEMONSTRATOR = {...}                optional: arguments of `support.cloning.demonstrations`
+    DEMONSTRATOR = {...}                optional: see `support.demonstrations.demonstrations`
     disguise(episodes, rng)             optional: demonstrations under other names
 
 Its envs have Gymnasium's signatures (Gymnasium itself is not needed):

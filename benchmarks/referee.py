@@ -16,14 +16,10 @@ correlation of what it puts on a decision's tokens with that decision's true adv
              correlations are divided by the square root of the truth's reliability
     error    mean squared error over the true advantage's mean square, both without the noise of
              the truth; 1 is what an estimate of 0 has. Only for estimates in the return's units
-    [a, b]   95 % interval, bootstrapped over tasks, the reliability anew in each draw; draws
-             in which the truth is nothing but noise are left out
+    [a, b]   95 % interval, bootstrapped over tasks, without draws whose truth is only noise
 
-Playing on from a state until the episode ends counts nothing after the step limit, so the
-estimators do not bootstrap there either. `--json` also gets the measured turns, in columns.
-
-It needs a world whose environments can be copied (the household). `--start` judges the estimators
-before training.
+The truth counts nothing after the step limit, so the estimators do not bootstrap there. Only for
+worlds whose environments can be copied. `--start` judges before training.
 """
 
 import argparse

@@ -105,8 +105,7 @@ def check_sharding(config, accelerator):
         raise ConfigError(f"--optimizer {config.optimizer} does not work with FSDP: take adamw")
     if is_sharded(accelerator) and config.lora:
         raise ConfigError(
-            "--lora does not work with FSDP: start it on several GPUs without FSDP, each of which "
-            "holds the frozen weights"
+            "--lora does not work with FSDP: without it each GPU holds the frozen weights once"
         )
 
 

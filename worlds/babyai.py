@@ -340,12 +340,8 @@ def parts_done(instruction, done):
 
 def named_things(instruction):
     """The things that a part of the mission may mean."""
-    names = ("desc", "desc_move", "desc_fixed")
-    return [
-        thing
-        for name in names
-        for thing in getattr(getattr(instruction, name, None), "obj_set", ())
-    ]
+    parts = [getattr(instruction, name, None) for name in ("desc", "desc_move", "desc_fixed")]
+    return [thing for part in parts for thing in getattr(part, "obj_set", ())]
 
 
 if __name__ == "__main__":

@@ -78,6 +78,10 @@ class AgentState:
             info["task"], self.observation, self.subgoal, past, admissible, config.short_prompt
         )
 
+    def shorter_prompt(self):
+        """The same without history, for a prompt that is too long; "" where there is none."""
+        return self.prompt(history=False) if self.past else ""
+
     def forced_prefix(self):
         """What is written for the agent where segments are imposed; else nothing."""
         segments = self.config.segments
@@ -162,9 +166,8 @@ def build_prompts(states, tokenizer):
     if not states:
         return []
     texts = [state.prompt() for state in states]
-    without_history = [state.prompt(history=False) for state in states]
-    room = states[0].config.max_prompt_tokens
-    return tokenize_prompts(tokenizer, texts, room, without_history)
+    shorter = [state.shorter_prompt() for state in states]
+    return tokenize_prompts(tokenizer, texts, states[0].config.max_prompt_tokens, shorter)
 
 
 def collect(

@@ -86,8 +86,7 @@ def _demonstrate(pool, tasks, config, rng, *, random_subgoals, action_noise, wro
                 response = hiper.format_flat_response(subgoal, action)
             else:
                 response = hiper.format_response(switch, subgoal, action)
-            shorter = state.prompt(history=False) if state.past else ""
-            shown[slot].append((state.prompt(), response, shorter))
+            shown[slot].append((state.prompt(), response, state.shorter_prompt()))
         for slot, outcome in pool.step(done).items():
             switch, subgoal, _ = advice[slot]
             if outcome is None:  # lost with its environment process

@@ -42,10 +42,10 @@ from benchmarks.ablation import (
     commit,
     read_lines,
     run_training,
-    short,
     show_runs,
     version_of,
 )
+from support.commit import short
 
 OURS = ROOT / "benchmarks" / "results" / "horizon.jsonl"
 POINTS = {  # (chain, routine) -> episodes of the clone, and of an iteration

@@ -35,6 +35,7 @@ from support.commit import checked_out_commit
 from support.files import make_way, remove_stale, sha256, swap_in, write_whole
 from support.loading import start_folder
 from support.lora import save_merged
+from support.model_check import find_not_finite
 from support.plots import plot_curves
 
 # Settings that do not change what is learnt: a run goes on with others.
@@ -203,11 +204,10 @@ def save_checkpoint(out, run, iteration, log):
 
 def refuse_not_finite(weights, out):
     """FloatingPointError on all processes where a weight of the main process is not finite."""
-    bad = [name for name, value in weights.items() if not torch.isfinite(value).all()]
-    [bad] = broadcast_object_list([bad])
+    [bad] = broadcast_object_list([find_not_finite(weights.items())])
     if bad:
         raise FloatingPointError(
-            f"{bad[0]} has become NaN or infinite: it is not saved, and the last checkpoint "
+            f"{bad} has become NaN or infinite: it is not saved, and the last checkpoint "
             f"in {out} is what it was. Try a smaller --lr"
         )
 

@@ -28,6 +28,7 @@ from support.distributed import say
 from support.files import swap_in
 from support.generation import tokenize_prompts, tokenize_texts
 from support.gguf import model_folder
+from support.model_check import find_not_finite
 from support.ppo import set_checkpointing
 from support.scoring import micro_batches
 from support.terminal import make_bar
@@ -85,11 +86,9 @@ def clone_expert(config, out, pool, accelerator, pretrained=None):
     loss = clone(policy, tokenizer, examples, config, recipe, accelerator.autocast)
     say(accelerator, f"cloned: loss {loss:.3f} nats per token")
     set_checkpointing(policy, False)
-    for name, weight in policy.named_parameters():
-        if not weight.isfinite().all():
-            raise FloatingPointError(
-                f"{name} has become NaN or infinite in cloning: nothing is saved"
-            )
+    bad = find_not_finite(policy.named_parameters())
+    if bad:
+        raise FloatingPointError(f"{bad} has become NaN or infinite in cloning: nothing is saved")
     temporary = out / "start.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     if config.lora:

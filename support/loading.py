@@ -18,7 +18,7 @@ from support.check_config import check
 from support.cloning import HEADS, clone_expert
 from support.distributed import LONG, check_sharding, meet
 from support.gguf import model_folder
-from support.model_check import check_model
+from support.model_check import check_model, find_not_finite
 from support.world_check import try_world
 
 
@@ -173,9 +173,9 @@ def load_actor(path, config, dtype):
             f"the weights of {path} lack {', '.join(sorted(report['missing_keys'])[:3])}: it is no "
             "whole causal LM"
         )
-    for name, weight in actor.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise ConfigError(f"the weights of {path} are damaged: {name} holds NaN or infinity")
+    bad = find_not_finite(actor.named_parameters())
+    if bad:
+        raise ConfigError(f"the weights of {path} are damaged: {bad} holds NaN or infinity")
     return actor.eval()
 
 

@@ -6,6 +6,7 @@ No weights are loaded. `support.loading` checks the loaded model.
 import re
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from config import ConfigError
@@ -77,3 +78,8 @@ def check_tokenizer(shape, name):
             f"the tokenizer of {name} has ids up to {last}, and the model has only {rows} rows: "
             "they do not belong together"
         )
+
+
+def find_not_finite(weights):
+    """(name, tensor) pairs -> the name of the first that holds NaN or infinity, else None."""
+    return next((name for name, weight in weights if not torch.isfinite(weight).all()), None)

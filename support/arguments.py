@@ -221,6 +221,11 @@ def suggest(name, names):
     return f", did you mean {near[0]!r}?" if near else " (python train.py --help lists all)"
 
 
+def read_options(text):
+    """A world's options, as JSON -> dict. ConfigError where they are no object."""
+    return _convert("env_options", text)
+
+
 def _convert(name, value):
     """A value from a file or a flag as the field's type; ConfigError if it is none."""
     kind = FIELDS[name].type

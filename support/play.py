@@ -8,7 +8,6 @@ SWITCH, the subgoal and the action.
 
 import argparse
 import contextlib
-import json
 import re
 import shutil
 import sys
@@ -16,6 +15,7 @@ import textwrap
 
 import envs
 from config import ConfigError
+from support.arguments import read_options
 from support.metrics import printable
 
 HELP = "a number or an action · ? hint · Enter list · :r restart · :n next task · :q quit"
@@ -47,7 +47,7 @@ def _read_arguments(name, argv):
     text = "the page that the tiny agent reads, where the world has one"
     parser.add_argument("--tiny", action="store_true", help=text)
     text = "options of the world, for example '{\"max_steps\": 20}'"
-    parser.add_argument("--env_options", type=_read_options, default={}, metavar="JSON", help=text)
+    parser.add_argument("--env_options", type=read_options, default={}, metavar="JSON", help=text)
     args = parser.parse_args(argv)
     if args.split not in splits:
         raise ConfigError(f"{name} has no split {args.split!r}: choose {' or '.join(splits)}")
@@ -57,16 +57,6 @@ def _read_arguments(name, argv):
     tiny = getattr(envs.world(name), "TINY_AGENT", {}) if args.tiny else {}
     args.options = {**tiny, **args.env_options}
     return args
-
-
-def _read_options(text):
-    try:
-        options = json.loads(text)
-    except ValueError:
-        options = None
-    if not isinstance(options, dict):
-        raise ConfigError(f"--env_options must be a JSON object, not {text!r}")
-    return options
 
 
 class Game:

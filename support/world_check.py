@@ -1,12 +1,12 @@
 """`python -m envs WORLD`: does a world keep the interface of envs.py? One sentence per fault."""
 
 import inspect
-import json
 import pickle
 import random
 
 import envs
 from config import ConfigError
+from support.arguments import read_options
 from support.metrics import printable
 from support.world_guard import describe
 
@@ -27,13 +27,9 @@ def main(words):
         print("usage: python -m envs WORLD ['{\"option\": value}']")
         return 2
     try:
-        options = json.loads(words[1]) if words[1:] else {}
-    except ValueError:
-        options = None
-    if isinstance(options, dict):
-        faults, summary = check_world(words[0], **options)
-    else:
-        faults, summary = [f"the options must be a JSON object, not {words[1]!r}"], ""
+        faults, summary = check_world(words[0], **read_options(words[1] if words[1:] else "{}"))
+    except ConfigError as error:
+        faults, summary = [str(error)], ""
     for fault in faults:
         print(f"error: {printable(fault)}")
     if not faults:

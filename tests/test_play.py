@@ -118,7 +118,7 @@ def test_webshop_is_played_too(played, monkeypatch):
         ("household", ["--task", "300", "--split", "seen"], "tasks 0 to 299"),
         ("household", ["--task", "-1"], "tasks 0 to"),
         ("no_such_world", [], "no_such_world"),
-        ("household", ["--env_options", "[1]"], "--env_options must be a JSON object, not '[1]'"),
+        ("household", ["--env_options", "[1]"], "--env_options must be a JSON object such as"),
         ("household", ["--env_options", '{"floor": 1}'], "floor"),
     ],
 )

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+NOT_SOURCES = {"tests", "runs", *(path.parent.name for path in ROOT.glob("*/pyvenv.cfg"))}
 SOURCES = sorted(
     path
     for path in ROOT.rglob("*.py")
-    if not {"tests", ".git", "runs"} & set(path.relative_to(ROOT).parts)
+    if not NOT_SOURCES & set(path.relative_to(ROOT).parts)
     and not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
 )
 OURS = {path.stem for path in SOURCES} | {path.parent.name for path in SOURCES}

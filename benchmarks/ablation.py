@@ -244,17 +244,28 @@ def plot(lines, path):
 
 def show(out, iterations):
     """Tables of our lines, of other commits or iterations, and of these -> the lines of these."""
-    if OURS.exists():
-        show_table("ours, as committed in benchmarks/results/", read_lines(OURS))
+    show_ours(OURS, show_table)
     return show_runs(out, "ablation", iterations, show_table, plot)
+
+
+def show_ours(path, show_table):
+    """Tables of our committed lines, one per commit and iterations."""
+    for (made_with, count), some in by_version(read_lines(path)).items():
+        show_table(f"ours, in {path.name}: commit {short(made_with)}, {count} iterations", some)
+
+
+def by_version(lines):
+    """{(commit, iterations): its lines}"""
+    tables = {}
+    for line in lines:
+        tables.setdefault(version_of(line), []).append(line)
+    return tables
 
 
 def show_runs(out, name, iterations, show_table, plot):
     """Tables of the lines in out/NAME.jsonl, one per commit and iterations; a picture of this
     commit's with these iterations -> their lines."""
-    tables = {}
-    for line in read_lines(out / f"{name}.jsonl"):
-        tables.setdefault(version_of(line), []).append(line)
+    tables = by_version(read_lines(out / f"{name}.jsonl"))
     mine = tables.pop((commit(), iterations), [])
     for (other, count), some in tables.items():
         which = "this" if other == commit() else "another"

@@ -42,6 +42,7 @@ from benchmarks.ablation import (
     commit,
     read_lines,
     run_training,
+    show_ours,
     show_runs,
     version_of,
 )
@@ -238,9 +239,7 @@ def plot(lines, path):
 
 def show(out, iterations):
     """Tables of our lines, of other commits or iterations, and of these -> the lines of these."""
-    ours = read_lines(OURS)
-    if ours:
-        show_table("ours, as committed in benchmarks/results/", ours)
+    show_ours(OURS, show_table)
     return [] if out == OURS.parent else show_runs(out, "horizon", iterations, show_table, plot)
 
 

@@ -548,7 +548,7 @@ def test_the_committed_runs_of_which_none_collapsed_have_no_warning():
     """Their lines hold success, and switches: a rate of theirs that is never above the true one."""
     path = Path(__file__).parent.parent / "benchmarks" / "results" / "ablation.jsonl"
     runs = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(runs) == 35
+    assert len(runs) == 55
     for run in runs:
         lines = log_lines(run["curve"])
         for line, switches in zip(lines, run["switches"], strict=True):

@@ -179,7 +179,7 @@ def test_ablation_runs_what_is_missing_and_leaves_the_committed_results(tmp_path
     assert sorted(runs) == sorted(ablation.QUICK)  # though all of them are among ours
     assert ablation.OURS.read_bytes() == before
     printed = capsys.readouterr().out
-    assert "ours, as committed" in printed
+    assert "ours, in ablation.jsonl: commit 4a3df3f22e, 24 iterations" in printed
     assert printed.endswith("ablation: 1.00x\n")
     runs.clear()
     ablation.main(["--quick", "--jobs", "1", "--out", str(tmp_path)])

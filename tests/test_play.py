@@ -104,6 +104,7 @@ def test_options_of_the_world(played):
 
 
 def test_webshop_is_played_too(played, monkeypatch):
+    pytest.importorskip("rapidfuzz", reason="WebShop needs requirements-webshop.txt")
     monkeypatch.delenv("WEBSHOP_DATA", raising=False)
     code, said = played("webshop", "?", "1", "red shoes", ":q", words=["--split", "test"])
     assert code == 0
@@ -139,6 +140,7 @@ def test_a_level_of_babyai(played):
 @pytest.mark.parametrize("name", ["household", "webshop", "alfworld", "babyai"])
 def test_the_command(name, monkeypatch):
     """`python -m worlds.NAME` reads the terminal; here it is told to leave, or finds no data."""
+    needs = {"webshop": "rapidfuzz", "babyai": "minigrid"}
     monkeypatch.setenv("ALFWORLD_DATA", "nowhere")
     done = subprocess.run(
         [sys.executable, "-m", f"worlds.{name}"],
@@ -150,7 +152,7 @@ def test_the_command(name, monkeypatch):
     )
     if name == "alfworld":
         assert done.returncode == 2 and "there is no folder nowhere" in done.stderr
-    elif name == "babyai" and not importlib.util.find_spec("minigrid"):
-        assert done.returncode == 2 and "babyai needs minigrid" in done.stderr
+    elif name in needs and not importlib.util.find_spec(needs[name]):
+        assert done.returncode == 2 and f"pip install -r requirements-{name}.txt" in done.stderr
     else:
         assert done.returncode == 0 and "Task 0 of" in done.stdout

@@ -181,6 +181,7 @@ def save_checkpoint(out, run, iteration, log):
         remove_stale(out)
         shutil.rmtree(temporary, ignore_errors=True)
     accelerator.wait_for_everyone()
+    # With torch 2.13 Accelerate's safetensors fail where embedding and output layer are tied.
     accelerator.save_state(str(temporary), safe_serialization=False)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

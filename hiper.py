@@ -194,7 +194,8 @@ def hiper_advantages(batch, old, config, normalize, *, end_values, v_keep=None):
     decides &= config.segments == "learned"  # nor where segments are imposed
     trained = config.decisions.split(",")
     where = {"switch": decides, "subgoal": opens, "action": batch.mask}
-    where = {kind: turns & (kind in trained) for kind, turns in where.items()}
+    for kind, mask in batch.samples.masks._asdict().items():  # a malformed turn may lack a block
+        where[kind] = where[kind] & batch.to_grid(mask.any(1)) & (kind in trained)
     scaled = normalize_decisions(estimates, where, normalize, config.normalize)
     advantages, token_mask = token_advantages(
         batch.samples.masks,

@@ -284,16 +284,18 @@ def read_episode(number, episode, policy, tokenizer, config):
 
 def spread_advantages(rows, tokenizer):
     """Normalise each decision's advantages and give them to its tokens."""
+    kinds_of = {row["at"]: token_kinds(tokenizer, row["response"]) for row in rows}
 
     def decides(row, kind):
-        return {"switch": row["at"][1] > 0, "subgoal": row["opens"], "action": True}[kind]
+        free = {"switch": row["at"][1] > 0, "subgoal": row["opens"], "action": True}[kind]
+        return free and kind in kinds_of[row["at"]]
 
     scaled = {
         kind: standardize({row["at"]: row["raw"][kind] for row in rows if decides(row, kind)})
         for kind in KINDS
     }
     for row in rows:
-        kinds = token_kinds(tokenizer, row["response"])
+        kinds = kinds_of[row["at"]]
         row["advantages"] = [scaled[kind].get(row["at"]) if kind else None for kind in kinds]
 
 

@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+from itertools import compress
 
 import pytest
 import torch
@@ -75,10 +76,16 @@ def test_advantages_are_hae_normalised_over_the_turns_that_decide(tiny_tokenizer
     )
     assert all(torch.equal(a, b) for a, b in zip(raw, wanted, strict=True))
     turns = batch.mask.nonzero().tolist()
-    decides = [(b, t) for b, t in turns if t > 0]
     opens = [(b, t) for b, t in turns if batch.switch[b, t]]
+    decides = ([(b, t) for b, t in turns if t > 0], opens, turns)
+    written = [  # a malformed turn may lack a block
+        [batch.to_grid(mask.any(1))[b, t] for b, t in where]
+        for mask, where in zip(batch.samples.masks, decides, strict=True)
+    ]
+    assert not all(written[0])
+    decides = [list(compress(*pair)) for pair in zip(decides, written, strict=True)]
     estimates = (raw.adv_switch, raw.adv_subgoal, raw.adv_action)
-    for got, values, where in zip(advantages, estimates, (decides, opens, turns), strict=True):
+    for got, values, where in zip(advantages, estimates, decides, strict=True):
         picked = [values[b, t].item() for b, t in where]
         mean = sum(picked) / len(picked)
         std = math.sqrt(sum((x - mean) ** 2 for x in picked) / len(picked))

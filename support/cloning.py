@@ -6,7 +6,6 @@ one token, and a Qwen2 of about half a million parameters.
 """
 
 import inspect
-import math
 import random
 import re
 import shutil
@@ -36,6 +35,7 @@ from support.terminal import make_bar
 from support.tokens import token_bytes
 
 BETAS = (0.9, 0.95)  # 0.999 averages squared gradients over 1,000 of the 1,600 steps
+VALUE_WEIGHT = 0.002  # of the value loss beside the response loss
 HEADS_LR = 2e-3  # of the value heads, which start at zero
 HEADS = "value_heads.safetensors"
 
@@ -46,14 +46,10 @@ class Recipe(NamedTuple):
     lr: float  # the peak
     epochs: int  # passes over the demonstrations
     batch: int  # turns per step
-    spread: int = 1  # the turns of one episode are drawn from those of so many
-    value_weight: float = 0.002  # of the value loss beside the response loss
 
 
 FROM_SCRATCH = Recipe(lr=2e-3, epochs=1, batch=32)
-# For a model of 135 million parameters. It learns to act from few turns. What an episode is worth
-# it learns from many episodes only: of few it remembers how they ended.
-PRETRAINED = Recipe(lr=2e-4, epochs=1, batch=16, spread=10, value_weight=0.02)
+PRETRAINED = Recipe(lr=2e-4, epochs=1, batch=16)  # for a model of 135 million parameters
 ADAPTERS = PRETRAINED._replace(lr=1e-3)  # LoRA wants several times as much
 
 
@@ -66,17 +62,12 @@ def clone_expert(config, out, pool, accelerator, pretrained=None):
     """
     settings = dict(getattr(envs.world(config.env), "DEMONSTRATOR", {}))
     size = envs.size(config.env, pool.split)
-    recipe = PRETRAINED if pretrained else FROM_SCRATCH
-    count = config.bc_episodes * recipe.spread
-    tasks = demonstrated_tasks(size, count, settings.pop("tasks", 0))
+    tasks = demonstrated_tasks(size, config.bc_episodes, settings.pop("tasks", 0))
     try:
         inspect.signature(demonstrations).bind(pool, tasks, config, **settings)
     except TypeError as error:
         raise ConfigError(f"DEMONSTRATOR of world {config.env!r}: {error}") from None
     examples = demonstrations(pool, tasks, config, **settings)
-    if recipe.spread > 1:
-        turns = math.ceil(len(examples) / recipe.spread)
-        examples = random.Random(config.seed).sample(examples, turns)
     torch.manual_seed(config.seed)
     if pretrained:
         model, tokenizer = pretrained
@@ -85,6 +76,7 @@ def clone_expert(config, out, pool, accelerator, pretrained=None):
     else:
         tokenizer = train_tokenizer([text for example in examples for text in example[:2]])
         model = tiny_model(tokenizer, config.attention or "sdpa")
+    recipe = PRETRAINED if pretrained else FROM_SCRATCH
     if config.lora:
         recipe = ADAPTERS
         lora.add_adapters(model, config.lora)
@@ -214,7 +206,7 @@ def clone(policy, tokenizer, examples, config, recipe=FROM_SCRATCH, autocast=nul
             loss = -output.logprobs.sum() / spoken
             values = torch.stack([output.v_high, output.v_low, output.v_switch])  # [3, n]
             value_loss = (values - returns[part]).square().sum() / len(rows)
-            (loss + recipe.value_weight * value_loss).backward()
+            (loss + VALUE_WEIGHT * value_loss).backward()
             total += loss.detach()
         if torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).isfinite():
             optimizer.step()

@@ -2,9 +2,7 @@
 
 import copy
 import dataclasses
-import math
 import re
-from collections import Counter
 
 import pytest
 import torch
@@ -277,6 +275,7 @@ def test_cloning_does_not_depend_on_the_micro_batches(tiny_tokenizer, tokens):
 
 def test_cloning_s_first_step_is_that_of_its_loss(tiny_tokenizer, monkeypatch):
     """Mean nats of the responses' tokens, by the model's own logits; norm before clipping."""
+    monkeypatch.setattr(cloning, "VALUE_WEIGHT", 0.0)
     clip = torch.nn.utils.clip_grad_norm_
     norms = []
 
@@ -288,7 +287,7 @@ def test_cloning_s_first_step_is_that_of_its_loss(tiny_tokenizer, monkeypatch):
     examples = demonstrate(range(2))[:6]
     policy = new_policy(tiny_tokenizer)
     start = copy.deepcopy(policy)
-    recipe = Recipe(lr=1e-3, epochs=1, batch=6, value_weight=0.0)
+    recipe = Recipe(lr=1e-3, epochs=1, batch=6)
     clone(policy, tiny_tokenizer, examples, tiny_config(gamma=0.9), recipe)
     logprobs = []
     for prompt, response, *_ in examples:
@@ -340,25 +339,6 @@ def test_a_clone_with_nan_is_not_saved(monkeypatch, tmp_path):
         with pytest.raises(FloatingPointError, match="value_heads.weight has become NaN"):
             clone_expert(tiny_config(bc_episodes=2), tmp_path, pool, Accelerator(cpu=True))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_pretrained_model_learns_from_turns_of_many_episodes(
-    tiny_actor, tiny_tokenizer, monkeypatch, tmp_path
-):
-    """As many turns as its episodes have, drawn from ten times as many episodes."""
-    cloned = []
-    monkeypatch.setattr(
-        cloning, "clone", lambda _, __, examples, *___: cloned.extend(examples) or 0.0
-    )
-    monkeypatch.setattr(cloning, "say", lambda *_: None)
-    start = tiny_actor, tiny_tokenizer
-    with envs.EnvPool("household", "train", workers=1) as pool:
-        config = tiny_config(bc_episodes=2)
-        clone_expert(config, tmp_path, pool, Accelerator(cpu=True), start)
-        shown = demonstrations(pool, range(20), config, **household.DEMONSTRATOR)
-    assert len(cloned) == math.ceil(len(shown) / 10)
-    assert not Counter(cloned) - Counter(shown)
-    assert len({prompt.splitlines()[0] for prompt, *_ in cloned}) > 4  # tasks
 
 
 @pytest.mark.parametrize("history, room", [(0, 20), (2, 90), (2, 20)])

@@ -1,5 +1,6 @@
 """`python -m envs WORLD`: does a world keep the interface of envs.py? One sentence per fault."""
 
+import argparse
 import inspect
 import pickle
 import random
@@ -18,16 +19,15 @@ class Fault(Exception):
     """One sentence."""
 
 
-def main(words):
-    """Print what is wrong with the world, or a summary -> exit code 2 or 0.
-
-    words: [name of the world, and its options as JSON].
-    """
-    if not 1 <= len(words) <= 2 or words[0].startswith("-"):
-        print("usage: python -m envs WORLD ['{\"option\": value}']")
-        return 2
+def main(argv):
+    """Print what is wrong with the world, or a summary -> exit code 2 or 0."""
+    parser = argparse.ArgumentParser(prog="python -m envs", description=__doc__)
+    parser.add_argument("world", help="household, gym:ID, a module of your own ...")
+    text = "options of the world, for example '{\"max_steps\": 20}'"
+    parser.add_argument("--env_options", default="{}", metavar="JSON", help=text)
+    args = parser.parse_args(argv)
     try:
-        faults, summary = check_world(words[0], **read_options(words[1] if words[1:] else "{}"))
+        faults, summary = check_world(args.world, **read_options(args.env_options))
     except ConfigError as error:
         faults, summary = [str(error)], ""
     for fault in faults:

@@ -39,7 +39,7 @@ HOSTILE = (
 )
 WORDS = ("red", "shoes", "lamp", "1", "cotton", "é", "B000000001", "$", "_", "men's", "\ud800")
 SAME_AGAIN = 50  # every so many episodes one is played twice
-PART = 200  # episodes between two writes of STATE.json
+PART = 5  # seconds between two writes of STATE.json
 
 
 def play_episode(name, number, tasks=0):
@@ -120,11 +120,13 @@ def main(name, wanted, state, tasks=0):
     if path.exists():
         total = json.loads(path.read_text())
     begun = time.perf_counter() - total["seconds"]
+    written = 0.0
     while total["steps"] < wanted:
         for name_of, count in play_episode(name, total["episodes"], tasks).items():
             total[name_of] += count
         total["seconds"] = round(time.perf_counter() - begun, 1)
-        if total["episodes"] % PART == 0 or total["steps"] >= wanted:
+        if total["seconds"] >= written + PART or total["steps"] >= wanted:
+            written = total["seconds"]
             path.with_suffix(".tmp").write_text(json.dumps(total))
             os.replace(path.with_suffix(".tmp"), path)
     print(f"{name}: {total}; everything held")

@@ -241,7 +241,7 @@ def test_the_check_says_what_is_wrong(write, capsys, right, wrong, said):
     ],
 )
 def test_the_check_says_once_what_is_wrong_with_the_options(corridor, capsys, options, said):
-    assert world_check.main([corridor, options]) == 2
+    assert world_check.main([corridor, "--env_options", options]) == 2
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith(f"error: {said}")
 
@@ -254,19 +254,21 @@ def test_the_check_as_a_command(tmp_path):
         done = subprocess.run(
             [sys.executable, ROOT / "envs.py", *words], cwd=tmp_path, capture_output=True, text=True
         )
-        assert done.stderr == ""
-        return done.returncode, done.stdout
+        return done.returncode, done.stdout, done.stderr
 
-    code, said = command("mine")
-    assert code == 0
+    code, said, complaint = command("mine")
+    assert (code, complaint) == (0, "")
     assert said.startswith("ok: mine has 5 tasks in train, 5 tasks in test; random play ends after")
     assert "no expert" in said
-    assert command("mine", '{"max_steps": 1}')[0] == 0
-    for words in (["yours"], ["mine", '{"step": 1}'], ["mine", "[1]"], ["mine", "{"]):
-        code, said = command(*words)
-        assert code == 2
+    assert command("mine", "--env_options", '{"max_steps": 1}')[0] == 0
+    for words in (["yours"], *(["mine", "--env_options", x] for x in ('{"step": 1}', "[1]", "{"))):
+        code, said, complaint = command(*words)
+        assert (code, complaint) == (2, "")
         assert said.startswith("error: ")
-    assert command()[0] == 2
+    for words in ([], ["--env_options"], ["mine", "{}"]):
+        code, said, complaint = command(*words)
+        assert (code, said) == (2, "")
+        assert complaint.startswith("usage: python -m envs")
 
 
 @pytest.mark.parametrize(

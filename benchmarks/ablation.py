@@ -221,8 +221,17 @@ def plot(lines, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    for axis, prompt in zip(axes, ("plan-execute", "flat"), strict=True):
+    prompts = sorted({cell_of(line)[1] for line in lines}, reverse=True)
+    figure, axes = pyplot.subplots(
+        1,
+        len(prompts),
+        figsize=(1 + 5 * len(prompts), 4.5),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    axes = axes[0]
+    for axis, prompt in zip(axes, prompts, strict=True):
         for colour, method in zip(COLOURS, METHODS, strict=True):
             curves = [line["curve"] for line in lines if cell_of(line)[:2] == (method, prompt)]
             if not curves:
@@ -235,8 +244,7 @@ def plot(lines, path):
             axis.plot(mean, color=colour, label=f"{method}, n = {len(curves)}")
             axis.fill_between(range(len(mean)), low, high, color=colour, alpha=0.1, linewidth=0)
         axis.set(title=f"{prompt} prompt", xlabel="iteration", ylim=(0, 100))
-        if axis.lines:
-            axis.legend(frameon=False, loc="upper left")
+        axis.legend(frameon=False, loc="upper left")
     axes[0].set_ylabel("success in training, %, mean +- sd")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

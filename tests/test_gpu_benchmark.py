@@ -84,8 +84,8 @@ def test_parts_are_read_from_measured_rows(tmp_path):
         "generate, 64 envs": {"ms a step": 30.0, "ms prompts": 200.0},
         "generate, 128 envs": {"ms a step": 36.4, "ms prompts": 384.0},
         "generate, 128 envs, bf16 copy": {"ms a step": 1.0},
-        "update": {"scored tokens/s": 9e4, "tokens/s": 4e4},
-        "update, checkpointing": {"tokens/s": 3e4},
+        "update": {"failed": "OutOfMemoryError"},
+        "update, checkpointing": {"scored tokens/s": 9e4, "tokens/s": 3e4},
     }
     lines = [json.dumps({"part": part, **row}) + "\n" for part, row in rows.items()]
     (tmp_path / "rows").write_text("".join(lines))
@@ -112,19 +112,21 @@ def iteration_cost(config, gpus, sharded):
     [
         (1, False, 2560, 0),
         (4, False, 640, 2 * 0.75 * 4 * 3e9 * 10 / 3e11),
-        (4, True, 640, 0.75 * (31 * (8 + 3) * 3e9 + 2 * 1.5e9) / 3e11),
+        (4, True, 640, 0.75 * (31 * (8 + 4) * 3e9 + 2 * 1.5e9) / 3e11),
     ],
 )
 def test_an_iteration_costs_its_equations(gpus, sharded, turns, exchange):
     wanted = {
         "rollout": 50 * 40 * 0.02 + turns * (40 * 1e-4 + 750 * 1e-5),
         "worlds": turns * 0.004 / 10,
-        "score": 1.5 * turns * 790 / 1e5,
+        "score": 2 * turns * 790 / 1e5,  # actor, critic, reference, and the critic after KEEP
         "update": turns * 790 / 2e4,
         "exchange": exchange,
     }
     cost = iteration_cost(Config(), gpus, sharded)
     assert cost == pytest.approx(wanted)
+    flat = iteration_cost(Config(method="ppo", epochs=2), gpus, sharded)
+    assert flat["score"] == pytest.approx(1.5 * turns * 790 / 1e5)
     # Episodes that wait for a slot play after the others.
     waiting = iteration_cost(Config(num_envs=16), gpus, sharded)["rollout"]
     more = (128 / gpus / 16 - 1) * 20 * 40 * 0.02
@@ -209,8 +211,12 @@ def test_lines_of_edited_code_are_not_the_commit_s(tmp_path, monkeypatch):
     clean = ablation.commit()
     assert len(clean) == 40
     (tmp_path / "file").write_text("y")
-    assert ablation.commit() == f"{clean}-dirty"
-    assert commit.short(ablation.commit()) == f"{clean[:10]}-dirty"
+    first = ablation.commit()
+    assert first.startswith(f"{clean}-dirty-")
+    assert first == ablation.commit()
+    assert commit.short(first) == clean[:10] + first[40:]
+    (tmp_path / "file").write_text("z")
+    assert first != ablation.commit()
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,12 @@ MAX_STEPS = 100  # step limit of a world that names none
 
 
 def make(name, split="train", index=0, **options):
-    """Task `index` of `split` in world `name`. ValueError, IndexError, RuntimeError say why not."""
-    return world(name).make(split, index, **options)
+    """Task `index` of `split` in world `name`. ValueError, IndexError, RuntimeError say why not.
+
+    Where a world's `make` takes no max_steps only `EnvPool` truncates.
+    """
+    module = world(name)
+    return module.make(split, index, **step_limit(module, options)[1])
 
 
 def size(name, split):
@@ -76,11 +80,11 @@ class EnvPool:
     """Steps many environments of one split together. A slot (any int) holds one at a time.
 
     Environments live in this process, or, where the world says IN_PROCESS = False, in `workers`
-    processes of their own (0: one per core). A process that dies or hangs is replaced. Its
-    episodes are lost, and so is one whose world raises or breaks the interface: `step` and
-    `expert` answer None for their slots until they are reset. An episode that fails, begins anew
-    and fails again raises WorldError. What a world raises before its first step is done is raised
-    as it is.
+    processes of their own (0: one per core that this process may use). A process that dies or
+    hangs is replaced. Its episodes are lost, and so is one whose world raises or breaks the
+    interface: `step` and `expert` answer None for their slots until they are reset. An episode
+    that fails, begins anew and fails again raises WorldError. What a world raises before its first
+    step is done is raised as it is.
     """
 
     def __init__(self, name, split="train", workers=0, **options):

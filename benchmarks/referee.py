@@ -79,13 +79,16 @@ class Player:
 
     env: object
     state: AgentState
+    limit: int | None  # of steps, where the world has none of its own
 
     def copy(self):
         state = replace(self.state, turns=list(self.state.turns), past=deque(self.state.past))
-        return Player(copy.deepcopy(self.env), state)
+        return Player(copy.deepcopy(self.env), state, self.limit)
 
     def act(self, prompt, response, decision):
-        self.state.record_turn(prompt, response, decision, self.env.step(decision.action))
+        *outcome, truncated, info = self.env.step(decision.action)
+        truncated = truncated or len(self.state.turns) + 1 == self.limit
+        self.state.record_turn(prompt, response, decision, (*outcome, truncated, info))
 
 
 @torch.no_grad()
@@ -110,7 +113,8 @@ def play(run, players, begun, watch=None):
 
 def new_player(run, index, **options):
     env = envs.make(run.config.env, run.pool.split, index, **options)
-    return Player(env, AgentState(run.config, index, *env.reset()))
+    limit, _ = envs.step_limit(envs.world(run.config.env), options)
+    return Player(env, AgentState(run.config, index, *env.reset()), limit)
 
 
 def play_batch(run, tasks):

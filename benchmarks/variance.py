@@ -227,7 +227,8 @@ def estimates(batch, old, end_values, config):
     """{name: (advantage [B, T], turns that have it [B, T])} of HAE and flat GAE."""
     from hiper import hiper_advantages
 
-    raw = hiper_advantages(batch, old, config, not_normalized, end_values=end_values).raw
+    ends = end_values if config.bootstrap else None
+    raw = hiper_advantages(batch, old, config, not_normalized, end_values=ends).raw
     later = batch.mask.clone()
     later[:, 0] = False
     result = {

@@ -1,8 +1,9 @@
 """benchmarks/referee.py: the true advantages, and the correlation of estimates with them."""
 
 import json
+import sys
 from dataclasses import replace
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from config import DECISIONS, ConfigError
 from rollout import make_batch
 from support.distributed import make_accelerator
 from support.loading import load_run
+from worlds import household
 
 TEXT = "<switch>SWITCH</switch><subgoal>find egg</subgoal><action>go to sink 1</action>"
 
@@ -31,6 +33,21 @@ def test_a_copy_is_played_without_a_trace_in_the_original(run):
     referee.play(run, [player.copy()], [""])
     assert player.env.steps == 0
     assert player.state.turns == [] and not player.state.ended
+
+
+def test_a_world_without_a_step_limit_gets_the_pool_s(run, monkeypatch):
+    world = ModuleType("limitless")
+    world.SPLITS, world.size = household.SPLITS, household.size
+    world.make = lambda split, index: household.make(split, index, max_steps=50)
+    monkeypatch.setitem(sys.modules, "limitless", world)
+    config = replace(run.config, env="limitless")
+    limitless = SimpleNamespace(**{**vars(run), "config": config})
+    player = referee.new_player(limitless, 0, max_steps=2)
+    referee.play(limitless, [player], [""])
+    assert len(player.state.turns) == 2
+    assert player.state.ended and player.state.truncated
+    assert referee.new_player(limitless, 0).limit == envs.MAX_STEPS
+    assert referee.new_player(run, 0).limit is None
 
 
 def test_snapshots_are_of_the_state_before_each_turn(run):

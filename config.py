@@ -173,6 +173,11 @@ class Config:
         """Whether V_low(s_t, o_{t-1}) is needed: the value of keeping the carried subgoal."""
         return self.method == "hiper" and self.switch_advantage == "closed_form"
 
+    def slots(self, processes):
+        """Episodes that each of `processes` plays at once in training: at most its share."""
+        draws = -(-(self.episodes // self.group_size) // processes)  # rounded up
+        return min(self.num_envs, draws * self.group_size)
+
     @property
     def uses_reference(self):
         return self.kl_coef > 0 or self.untrained_kl_coef > 0

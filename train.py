@@ -13,7 +13,7 @@ iteration, process), so a run that was stopped goes on as if it had not been.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read as torch loads: idle threads sleep
@@ -30,7 +30,7 @@ from eval import choose_tasks, evaluate
 from rollout import collect, make_batch
 from support import checkpoint, task_sampling, terminal, tracking, viewer
 from support.arguments import read_train_arguments
-from support.check_config import check
+from support.check_config import check, check_processes
 from support.distributed import (
     end,
     exchange_errors,
@@ -46,7 +46,6 @@ from support.distributed import (
 )
 from support.files import disk_errors
 from support.loading import (
-    check_processes,
     check_world_and_model,
     describe_run,
     load_policy,
@@ -71,6 +70,7 @@ class Run:
     optimizer: object
     reference: hiper.ActorCritic | None
     lines: list = ()  # the log's, one per past iteration
+    families: dict = field(default_factory=dict)  # task -> its task_type, for task_sampling
 
 
 # ---- one iteration -----------------------------------------------------------------------------
@@ -212,6 +212,7 @@ def train_iterations(run, out, first, log, stopping):
         if stopped or done % config.save_every == 0 or done == config.iterations:
             checkpoint.save_checkpoint(out, run, done, log)
             viewer.write_training(out, done, run, episodes, old, advantages)
+            stopped = stopped or stopping.asked()  # while it was being saved
         if stopped:
             raise stopped
 
@@ -221,6 +222,8 @@ def evaluate_run(run, log, iteration):
     config, accelerator = run.config, run.accelerator
     split = envs.world(config.env).SPLITS[-1]
     tasks = choose_tasks(envs.size(config.env, split), config.eval_episodes)
+    if config.model:  # no more memory than training takes
+        config = replace(config, num_envs=config.slots(accelerator.num_processes))
     with accelerator.autocast(), whole_weights(run.model):
         result = evaluate(run.model.actor, run.tokenizer, accelerator, config, split, tasks)
     log["evals"].append({"iteration": iteration, **result})

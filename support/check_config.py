@@ -4,6 +4,8 @@ import importlib.util
 import math
 import re
 
+from accelerate.utils import DistributedType
+
 from config import DECISIONS, FIELDS, ConfigError
 
 KEEP_PENALTIES = ("turn", "ratio", "drift")
@@ -72,3 +74,37 @@ def _check_keep_penalties(penalties):
             raise ConfigError(
                 f"--keep_penalties: {name} must be a number of at least 0, not {value!r}"
             )
+
+
+def check_processes(config, accelerator):
+    """ConfigError where a run's processes have no episodes, or shard what cannot be sharded."""
+    tasks = config.episodes // config.group_size
+    if tasks < accelerator.num_processes:
+        raise ConfigError(
+            f"--episodes {config.episodes} in groups of {config.group_size} leave some of "
+            f"the {accelerator.num_processes} processes without one"
+        )
+    check_sharding(config, accelerator)
+
+
+def check_sharding(config, accelerator):
+    """ConfigError for DeepSpeed, for FSDP1, and for what does not work with FSDP2."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ConfigError(
+            "DeepSpeed does not work here, since its engine clips and steps by itself: take FSDP2 "
+            "(configs/accelerate/fsdp.yaml)"
+        )
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading:
+        raise ConfigError(
+            "FSDP works in version 2 and without CPU-RAM-efficient loading only: start with "
+            "accelerate launch --config_file configs/accelerate/fsdp.yaml"
+        )
+    if config.optimizer != "adamw":
+        raise ConfigError(f"--optimizer {config.optimizer} does not work with FSDP: take adamw")
+    if config.lora:
+        raise ConfigError(
+            "--lora does not work with FSDP: without it each GPU holds the frozen weights once"
+        )

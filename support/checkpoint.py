@@ -88,6 +88,11 @@ def _prepare_run_dir(out, config, processes):
             raise ConfigError(
                 f"{out} holds another run ({'; '.join(refused)}): give another --out, or remove it"
             )
+        done = _saved_iterations(out)
+        if config.iterations < done:
+            raise ConfigError(
+                f"{out} has {done} iterations already, more than --iterations {config.iterations}"
+            )
         if differs:
             text = "; ".join(differs.values())
             if "iterations" in differs and config.final_lr_fraction < 1:
@@ -291,6 +296,14 @@ def _find_checkpoint(out):
                 damaged.append(folder)
                 tqdm.write(f"warning: {folder} is damaged ({error}): trying the one before")
     return None, None, damaged
+
+
+def _saved_iterations(out):
+    """Of the newest checkpoint that can be read; 0 for none."""
+    for folder in (out / "checkpoint", out / "checkpoint.old"):
+        with contextlib.suppress(OSError, ValueError):
+            return _read_run(folder)["iteration"]
+    return 0
 
 
 def _write_run(folder, content):

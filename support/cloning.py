@@ -34,7 +34,7 @@ from support.scoring import micro_batches
 from support.terminal import make_bar
 from support.tokens import token_bytes
 
-BETAS = (0.9, 0.95)  # 0.999 averages squared gradients over 1,000 of the 1,600 steps
+BETAS = (0.9, 0.95)  # 0.999 averages squared gradients over 1,000 of the 1,400 steps
 VALUE_WEIGHT = 0.002  # of the value loss beside the response loss
 HEADS_LR = 2e-3  # of the value heads, which start at zero
 HEADS = "value_heads.safetensors"

@@ -18,7 +18,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from tqdm import tqdm
@@ -35,7 +35,9 @@ STUCK = timedelta(minutes=15)  # how much longer than the others a process may p
 LONG = timedelta(hours=12)  # the same in cloning, which one process does, and in evaluation
 AGREE = timedelta(seconds=20)  # in which processes that all fail find each other
 
-# Each process reads the whole checkpoint. The alternative gives the others empty weights.
+DDP = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # else gradients are held twice
+# Each process reads the whole checkpoint. The alternative fails at the heads, which are sharded
+# before Accelerate would send the weights around.
 os.environ.setdefault("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
 
 
@@ -81,6 +83,7 @@ def make_accelerator(tracker=None, out=None, pretrained=False):
         mixed_precision="bf16" if computes_in_bfloat16(cpu, pretrained) else "no",
         log_with=tracker,
         project_dir=out,
+        kwargs_handlers=[DDP],
     )
 
 
@@ -92,21 +95,6 @@ def _on_cpu():
 def is_sharded(accelerator):
     """Whether the run uses FSDP2."""
     return accelerator.is_fsdp2
-
-
-def check_sharding(config, accelerator):
-    """ConfigError for DeepSpeed, and for what does not work with FSDP2."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ConfigError(
-            "DeepSpeed does not work here, since its engine clips and steps by itself: take FSDP2 "
-            "(configs/accelerate/fsdp.yaml)"
-        )
-    if is_sharded(accelerator) and config.optimizer != "adamw":
-        raise ConfigError(f"--optimizer {config.optimizer} does not work with FSDP: take adamw")
-    if is_sharded(accelerator) and config.lora:
-        raise ConfigError(
-            "--lora does not work with FSDP: without it each GPU holds the frozen weights once"
-        )
 
 
 def prepare(policy, optimizer, accelerator):

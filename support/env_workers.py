@@ -91,8 +91,7 @@ class WorkerEnvs:
 
     def __init__(self, module, split, options, workers=0):
         self.arguments = (module, split, options)
-        count = workers or os.cpu_count() or 1
-        self.workers = [Worker(*self.arguments) for _ in range(count)]
+        self.workers = [Worker(*self.arguments) for _ in range(workers or usable_cores())]
         self.homes = {}  # slot -> the worker, alive or not, that holds its environment
 
     def call(self, method, arguments):
@@ -141,6 +140,15 @@ class WorkerEnvs:
                 )
                 self.workers[place] = Worker(*self.arguments)
         return losses
+
+
+def usable_cores():
+    """Of this machine's cores, the share of each of the run's processes on it; at least 1."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        cores = os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 class Worker:

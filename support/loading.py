@@ -16,7 +16,7 @@ from support import lora
 from support.arguments import read_config, read_settings
 from support.check_config import check
 from support.cloning import HEADS, clone_expert
-from support.distributed import LONG, check_sharding, meet
+from support.distributed import LONG, meet
 from support.gguf import model_folder
 from support.model_check import check_model, find_not_finite
 from support.world_check import try_world
@@ -35,17 +35,6 @@ def check_world_and_model(config):
         lora.check_peft()
     if config.model:
         check_model(config)
-
-
-def check_processes(config, accelerator):
-    """ConfigError where a run's processes have no episodes, or shard what cannot be sharded."""
-    tasks = config.episodes // config.group_size
-    if tasks < accelerator.num_processes:
-        raise ConfigError(
-            f"--episodes {config.episodes} in groups of {config.group_size} leave some of "
-            f"the {accelerator.num_processes} processes without one"
-        )
-    check_sharding(config, accelerator)
 
 
 def load_policy(config, out, pool, accelerator):

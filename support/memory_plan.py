@@ -9,7 +9,6 @@ holds its part of weights, gradients and moments, and what is gathered for a pas
 """
 
 import inspect
-import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -177,7 +176,7 @@ def prefill(s, rows, prompt):
     return residual + 3 * rows * prompt**2 + 4 * 4 * rows * s.vocab
 
 
-def memory(s, config, shards=1):
+def memory(s, config, shards=1, replicas=1):
     """-> ({part: (bytes, phases that hold it)}, {phase: bytes at its peak}) of one GPU."""
     rows, row = config.num_envs, config.max_prompt_tokens + config.max_new_tokens
     tokens = max(config.micro_batch_tokens, row)  # a micro-batch has at least one row
@@ -195,7 +194,10 @@ def memory(s, config, shards=1):
             "adapters and heads, float32": (4 * trained, PHASES),
         }
     parts |= {
-        "gradients, float32": (4 * trained / shards, ("update", "step")),
+        "gradients, float32": (
+            4 * trained / shards,
+            ("update", "step") if replicas == 1 else PHASES,  # DDP keeps its buckets
+        ),
         f"activations, {tokens} tokens": (
             activations(s, tokens, config.gradient_checkpointing),
             ("update",),
@@ -249,12 +251,12 @@ def disk(s, config):
 
 def fits(s, config, gpu, gpus, sharded=False):
     """-> (GB to spare on each of `gpus` GPUs of `gpu` GB, flags with which it would fit or "")."""
-    share = math.ceil(config.episodes // config.group_size / gpus) * config.group_size
-    mine = replace(config, num_envs=min(config.num_envs, share))
+    mine = replace(config, num_envs=config.slots(gpus))
     room = gpu * (1 - RESERVE) * 1e9
+    shards, replicas = (gpus, 1) if sharded else (1, gpus)
 
     def spare(changes):
-        return room - max(memory(s, replace(mine, **changes), gpus if sharded else 1)[1].values())
+        return room - max(memory(s, replace(mine, **changes), shards, replicas)[1].values())
 
     flags = ""
     for changes in smaller_settings(mine):

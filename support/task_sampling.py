@@ -29,7 +29,7 @@ def draw(run, iteration, count):
     size = envs.size(config.env, run.pool.split)
     if config.task_sampling == "uniform" or not run.lines:
         return [rng.randrange(size) for _ in range(count)]
-    chances = Chances(run.lines[-PAST:], run.pool)
+    chances = Chances(run)
     drawn = []
     while len(drawn) < count:
         task = rng.randrange(size)
@@ -46,16 +46,17 @@ def record(config, episodes):
 
 
 class Chances:
-    """How probably a task that was drawn is taken."""
+    """How probably a task that was drawn is taken, by the run's last iterations."""
 
-    def __init__(self, lines, pool):
-        self.pool = pool
-        self.families = {}  # task -> family
+    def __init__(self, run):
+        self.pool = run.pool
+        self.families = run.families  # task -> family: it keeps what is found out here
         self.tasks = defaultdict(list)  # task -> successes
         self.kinds = defaultdict(list)  # family -> successes
-        for line in lines:
+        for line in run.lines:
+            self.families.update({task: family for task, family, _ in line.get("played", ())})
+        for line in run.lines[-PAST:]:
             for task, family, success in line.get("played", ()):
-                self.families[task] = family
                 self.tasks[task].append(success)
                 self.kinds[family].append(success)
 
@@ -67,7 +68,7 @@ class Chances:
         return FLOOR + (1 - FLOOR) * 4 * p * (1 - p)
 
     def family(self, task):
-        """A task that was not played lately is begun to see its family."""
+        """A task of unknown family is begun once to see it."""
         if task not in self.families:
             _, info = self.pool.reset({-1: task})[-1]
             self.families[task] = info["task_type"]

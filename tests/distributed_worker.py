@@ -37,7 +37,9 @@ warnings.simplefilter("ignore")
 def make_accelerator(kind, mixed_precision="no"):
     AcceleratorState._reset_state()
     PartialState(cpu=True).distributed_type = DistributedType.MULTI_CPU
-    accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
+    accelerator = Accelerator(
+        cpu=True, mixed_precision=mixed_precision, kwargs_handlers=[distributed.DDP]
+    )
     if kind == "fsdp":
         PartialState().distributed_type = DistributedType.FSDP
         accelerator.state.distributed_type = DistributedType.FSDP

@@ -180,3 +180,11 @@ def test_a_value_of_another_type_is_refused(words, wanted):
 def test_keep_penalties_are_checked(words, said):
     with pytest.raises(ConfigError, match=said):
         check(read_config(["--keep_penalties", words]))
+
+
+@pytest.mark.parametrize(
+    "episodes, group, processes, slots", [(128, 1, 1, 100), (128, 1, 8, 16), (24, 8, 2, 16)]
+)
+def test_each_process_plays_its_share_of_the_episodes(episodes, group, processes, slots):
+    config = Config(num_envs=100, episodes=episodes, group_size=group)
+    assert config.slots(processes) == slots

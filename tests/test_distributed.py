@@ -10,6 +10,7 @@ import pickle
 import random
 import re
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -35,6 +36,7 @@ from script_tools import (
     two_processes,
 )
 from support import cloning, distributed
+from support.check_config import check_sharding
 from support.generation import generate
 from support.loading import make_optimizer
 from support.viewer import load_policy_with_critic
@@ -358,10 +360,29 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_end_of_the_iteration
     assert saved_iteration(stopped / "checkpoint") == len(metrics_of(stopped)) == 1
 
 
+def test_ddp_holds_gradients_once():
+    """They are views into its buckets; else it has a second copy of all."""
+    assert distributed.make_accelerator().ddp_handler.gradient_as_bucket_view
+
+
 def test_deepspeed_is_refused():
     accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, is_fsdp2=False)
     with pytest.raises(ConfigError, match="take FSDP2"):
-        distributed.check_sharding(tiny_config(), accelerator)
+        check_sharding(tiny_config(), accelerator)
+
+
+@pytest.mark.parametrize("version, efficient, works", [(2, False, 1), (2, True, 0), (1, False, 0)])
+def test_fsdp_in_another_way_is_refused(version, efficient, works):
+    """Version 1 is the launcher's default, and its efficient loading fails at the value heads."""
+    plugin = SimpleNamespace(fsdp_version=version, cpu_ram_efficient_loading=efficient)
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=plugin)
+    )
+    refused = pytest.raises(ConfigError, match="configs/accelerate/fsdp.yaml")
+    with nullcontext() if works else refused:
+        check_sharding(tiny_config(), accelerator)
+    with pytest.raises(ConfigError, match="FSDP"):
+        check_sharding(tiny_config(optimizer="adamw8bit"), accelerator)
 
 
 def test_an_exchange_that_fails_names_the_process(monkeypatch):

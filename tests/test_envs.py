@@ -3,6 +3,7 @@
 `python -m envs WORLD` checks the contract of any world, also of one's own.
 """
 
+import json
 import os
 import random
 import re
@@ -14,6 +15,8 @@ from pathlib import Path
 import pytest
 
 import envs
+import hiper
+import rollout
 from config import ConfigError
 from conftest import tiny_config
 from support import distributed, env_workers, world_check
@@ -470,9 +473,16 @@ def test_answers_come_in_the_order_of_the_question(far, workers):
 
 
 def test_one_worker_per_core_where_none_are_asked_for(far, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    """Of the cores that this process may use; several processes on a machine share them."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda who: set(range(3)), raising=False)
     with envs.EnvPool(far) as pool:
         assert len(pool.envs.workers) == 3
+    for processes, cores in (("2", 1), ("8", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert env_workers.usable_cores() == cores
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    assert env_workers.usable_cores() == 2
 
 
 def test_errors_in_a_worker_come_back(far):
@@ -623,6 +633,13 @@ def test_numbers_of_numpy_are_numbers(write, corridor):
     with envs.EnvPool("numeric") as pool:
         pool.reset({0: 0})
         assert pool.step({0: "east"})[0][1:3] == (1.0, True)
+    state = rollout.AgentState(tiny_config(), 0, "", {})
+    decision = hiper.Decision(True, "", "east", True, "")
+    with envs.EnvPool("numeric") as pool:
+        pool.reset({0: 0})
+        state.record_turn([], [], decision, pool.step({0: "east"})[0])
+    episode = state.to_episode([])
+    assert json.loads(json.dumps([episode.success, episode.task_score])) == [True, 1.0]
 
 
 def test_lone_surrogates_of_a_world_are_replaced(write, corridor):

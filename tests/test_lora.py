@@ -21,8 +21,7 @@ from eval import main as evaluate
 from script_tools import actor_of, assert_same_run, metrics_of, saved_iteration, saved_weights
 from support import distributed, lora, viewer
 from support import memory_plan as plan
-from support.check_config import check
-from support.distributed import check_sharding
+from support.check_config import check, check_sharding
 from support.loading import load_played, make_optimizer
 from test_plan import QWEN, autocast_forward, bytes_of, saved_bytes, small
 from train import main as train
@@ -230,7 +229,10 @@ def test_what_cannot_work_is_refused(monkeypatch, model, tmp_path):
         check(tiny_config(lora=8))
     with pytest.raises(ConfigError, match="--lora must be at least 0"):
         check(tiny_config(model="x", lora=-1))
-    sharded = SimpleNamespace(is_fsdp2=True, distributed_type=DistributedType.FSDP)
+    plugin = SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=False)
+    sharded = SimpleNamespace(
+        distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=plugin)
+    )
     with pytest.raises(ConfigError, match="--lora does not work with FSDP"):
         check_sharding(tiny_config(model="x", lora=8), sharded)
     check_sharding(tiny_config(), sharded)

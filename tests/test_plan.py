@@ -352,6 +352,15 @@ def test_shards_divide_weights_gradients_and_moments():
     assert plan.fits(S, BIG, 80, 16)[0] < spare[1]
 
 
+def test_ddp_keeps_its_buckets_of_gradients():
+    alone, many = plan.memory(S, BIG), plan.memory(S, BIG, replicas=2)
+    gradients = alone[0]["gradients, float32"][0]
+    assert many[1]["rollout"] == alone[1]["rollout"] + gradients
+    assert many[1]["update"] == alone[1]["update"]
+    start = replace(BIG, num_envs=100, episodes=800)  # the rollout is the peak
+    assert plan.fits(S, start, 80, 1)[0] - plan.fits(S, start, 80, 2)[0] > 0.9 * gradients / 1e9
+
+
 def test_7b_fits_on_eight_gpus_in_shards_and_on_none_whole():
     big = plan.count_sizes(plan.built_in(QWEN.format("7B")))
     assert plan.fits(big, BIG, 80, 8, True)[0] > 0 > plan.fits(big, BIG, 141, 8)[0]

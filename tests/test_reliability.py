@@ -310,6 +310,25 @@ def test_a_signal_ends_the_run_after_its_iteration(trained, stopped, monkeypatch
     assert len(metrics_of(stopped)) == 3
 
 
+@pytest.mark.parametrize("done", [2, 3])
+def test_a_signal_while_it_saves_ends_the_run_too(stopped, monkeypatch, capfd, done):
+    """Without another iteration, or the last evaluation."""
+    save_checkpoint = checkpoint.save_checkpoint
+
+    def signalled(out, run, iteration, log):
+        save_checkpoint(out, run, iteration, log)
+        if iteration == done:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", signalled)
+    with pytest.raises(SystemExit) as exit:
+        train.main(flags(stopped))
+    assert exit.value.code == 143
+    assert capfd.readouterr().err.endswith("stopped: the same command goes on from here\n")
+    assert len(metrics_of(stopped)) == done
+    assert len((stopped / "evals.jsonl").read_text().splitlines()) == 1
+
+
 TWICE = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})

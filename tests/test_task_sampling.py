@@ -35,6 +35,7 @@ def a_run(lines=(), rank=0, processes=1, **changes):
         config=tiny_config(episodes=96, **changes),
         pool=Pool(),
         lines=list(lines),
+        families={},
         accelerator=SimpleNamespace(process_index=rank, num_processes=processes),
     )
 
@@ -83,7 +84,7 @@ def test_a_task_that_recurs_counts_for_itself():
     """Of two tasks of one family, one mastered and one in between."""
     kind = household.TASK_TYPES[0]
     played = [[0, kind, True]] * 4 + [[6, kind, n < 2] for n in range(4)] + [[12, kind, False]] * 3
-    chances = task_sampling.Chances([{"played": played}], Pool())
+    chances = task_sampling.Chances(a_run([{"played": played}]))
     assert chances.of(0) == pytest.approx(0.1) and chances.of(6) == pytest.approx(1.0)
     family = 6 / 11
     assert chances.of(12) == pytest.approx(0.1 + 0.9 * 4 * family * (1 - family))
@@ -94,6 +95,19 @@ def test_only_the_last_iterations_count():
     old = [line(0.5, 0, 0, 0, 0, 0)] * 3 + [line(0, 0.5, 0, 0, 0, 0)] * task_sampling.PAST
     drawn = Counter(task % 6 for task in train.draw_tasks(a_run(old, task_sampling="edge"), 0))
     assert drawn[1] > 4 * drawn[0]
+
+
+def test_a_task_is_begun_once_at_most_to_learn_its_family():
+    run = a_run([line(0.5, 0.5, 0.5, 0.5, 0.5, 0.5)], task_sampling="edge")
+    drawn = train.draw_tasks(run, 1)
+    begun = run.pool.begun
+    assert 0 < begun <= 6 * 96
+    assert train.draw_tasks(run, 1) == drawn
+    assert run.pool.begun == begun
+    for k in range(task_sampling.PAST):  # played long ago
+        run.lines.append({"played": [[20_000 + k, "x", True]]})
+    train.draw_tasks(run, 2)
+    assert set(range(120)) < set(run.families)
 
 
 @pytest.mark.parametrize("method, group", [("hiper", 1), ("grpo", 8)])

@@ -22,7 +22,7 @@ OTHER_FLAGS = {  # of eval.py, benchmarks, accelerate and pip
     *("split", "greedy", "json", "temperature", "planner", "executor", "run", "quick", "mixed"),
     *("plan", "help", "measured", "config_file", "num_processes", "multi_gpu", "machine_rank"),
     *("main_process_ip", "use_fsdp", "fsdp_version", "cpu", "no", "nproc_per_node"),
-    *("html", "report", "track", "task", "tiny", "show", "start", "turns", "rollouts"),
+    *("html", "report", "track", "task", "tiny", "show", "start", "turns", "rollouts", "tasks"),
     *("require", "universal", "generate", "python"),
 }
 

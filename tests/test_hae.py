@@ -227,6 +227,13 @@ def test_gae_is_the_oracle(seed):
     torch.testing.assert_close(ret, (want + x["v_low"]) * x["mask"], atol=1e-10, rtol=0)
 
 
+def test_the_defaults_do_not_discount():
+    x = batch()
+    close(hae(**x), hae(**x, gamma=1.0, lam_low=1.0, lam_high=0.95), atol=0)
+    flat = x["rewards"], x["mask"], x["v_low"]
+    assert torch.equal(gae(*flat)[0], gae(*flat, gamma=1.0, lam=1.0)[0])
+
+
 @pytest.mark.parametrize("T", [1, 2, 3, 8, 33])
 def test_discounted_reverse_cumsum_is_the_loop(T):
     g = torch.Generator().manual_seed(T)

@@ -14,7 +14,8 @@ info         task (str, what follows "Your task is to: "), task_type (str, one o
              (list of str, the subgoals that can be pursued now). All seven at every turn, in new
              objects.
 
-An action must equal an admissible one. Any other answers "Nothing happens." and costs a step.
+An action must equal an admissible one, spaces around it apart. Any other costs a step and answers
+"Nothing happens."; `help` lists the commands, as in the game.
 
 Data:    $ALFWORLD_DATA, or ~/.cache/alfworld, as `alfworld-download` leaves it. The engine
          evaluates the expressions of a game's grammar: load only files that you trust.

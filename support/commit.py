@@ -16,7 +16,7 @@ def checked_out_commit():
         return None
     try:
         commit = _git("rev-parse", "HEAD").decode().strip()
-        differences = _git("diff", "HEAD")
+        differences = _git("diff", "--no-ext-diff", "HEAD")
     except (OSError, subprocess.SubprocessError):
         return None
     digest = hashlib.sha256(differences).hexdigest()[:8]

@@ -8,9 +8,9 @@ are a ladder of horizons. The page is one of memory, like the household's:
     Hold nothing. Moves 20. Free ahead 2 left 3 right 1. See red ball ahead 2 left 1, grey box left
     2. Recall blue key behind 1. Unseen behind 2 right 1. Done nothing.
 
-Distances are in steps, as the agent stands now. `See` lists what is in view, the nearest first;
-`Recall` doors and what the mission names, seen earlier; `Unseen` the nearest cell not seen yet;
-`Done` the parts of the mission that are done. Differences from minigrid:
+Distances are in steps, as the agent stands now. `See` lists what is in view, what the mission names
+first, then the nearest; `Recall` doors and what the mission names, seen earlier; `Unseen` the
+nearest cell not seen yet; `Done` the parts of the mission that are done. Differences from minigrid:
   1. The step limit is the ladder's, three times what the bot needs on average or more; else
      minigrid's.
   2. Names in one word (`redball`) with `one_word`, for the tiny agent.
@@ -165,8 +165,8 @@ class BabyAI:
     def page(self):
         """The observation."""
         held = self.env.carrying
-        in_view = self.things(self.view)
         wanted = [thing for part, _ in self.parts for thing in named_things(part)]
+        in_view = sorted(self.things(self.view), key=lambda pair: pair[1] not in wanted)
         recalled = [
             (cell, thing)
             for cell, thing in self.things(self.seen & ~self.view)

@@ -8,6 +8,7 @@ What the user can mend raises ConfigError: one sentence, before anything is writ
 """
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -175,7 +176,7 @@ class Config:
 
     def slots(self, processes):
         """Episodes that each of `processes` plays at once in training: at most its share."""
-        draws = -(-(self.episodes // self.group_size) // processes)  # rounded up
+        draws = math.ceil(self.episodes // self.group_size / processes)
         return min(self.num_envs, draws * self.group_size)
 
     @property

@@ -94,14 +94,16 @@ def audit(lab):
     variables = dict(os.environ)
     if not lab.args.audit:
         variables["HF_HUB_OFFLINE"] = "1"  # a hub out of reach costs a minute
-    with subprocess.Popen(
+    process = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=variables, start_new_session=True
-    ) as process:
+    )
+    try:
         with suppress(subprocess.TimeoutExpired):
             process.wait(lab.args.limit / 2)
-        with suppress(ProcessLookupError):  # it has children
+    finally:
+        with suppress(ProcessLookupError):  # its children, too
             os.killpg(process.pid, signal.SIGKILL)
-        said = process.stdout.read()
+    said, _ = process.communicate()
     print(said)
     *_, last = said.splitlines() or [""]
     counts = re.fullmatch(r"audit: (\d+) of (\d+) hold", last)

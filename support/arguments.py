@@ -221,9 +221,18 @@ def suggest(name, names):
     return f", did you mean {near[0]!r}?" if near else " (python train.py --help lists all)"
 
 
-def read_options(text):
-    """A world's options, as JSON -> dict. ConfigError where they are no object."""
-    return _convert("env_options", text)
+def add_env_options(parser):
+    """The flag --env_options of an argparse parser: a world's options, as JSON -> dict.
+
+    ConfigError from parse_args where they are no object.
+    """
+    parser.add_argument(
+        "--env_options",
+        type=lambda text: _convert("env_options", text),
+        default={},
+        metavar="JSON",
+        help="options of the world, for example '{\"max_steps\": 20}'",
+    )
 
 
 def _convert(name, value):

@@ -15,7 +15,7 @@ import textwrap
 
 import envs
 from config import ConfigError
-from support.arguments import read_options
+from support.arguments import add_env_options
 from support.metrics import printable
 
 HELP = "a number or an action · ? hint · Enter list · :r restart · :n next task · :q quit"
@@ -46,8 +46,7 @@ def _read_arguments(name, argv):
     parser.add_argument("--task", type=int, default=0, metavar="N", help="number of the task [0]")
     text = "the page that the tiny agent reads, where the world has one"
     parser.add_argument("--tiny", action="store_true", help=text)
-    text = "options of the world, for example '{\"max_steps\": 20}'"
-    parser.add_argument("--env_options", type=read_options, default={}, metavar="JSON", help=text)
+    add_env_options(parser)
     args = parser.parse_args(argv)
     if args.split not in splits:
         raise ConfigError(f"{name} has no split {args.split!r}: choose {' or '.join(splits)}")

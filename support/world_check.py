@@ -7,7 +7,7 @@ import random
 
 import envs
 from config import ConfigError
-from support.arguments import read_options
+from support.arguments import add_env_options
 from support.metrics import printable
 from support.world_guard import describe
 
@@ -23,11 +23,10 @@ def main(argv):
     """Print what is wrong with the world, or a summary -> exit code 2 or 0."""
     parser = argparse.ArgumentParser(prog="python -m envs", description=__doc__)
     parser.add_argument("world", help="household, gym:ID, a module of your own ...")
-    text = "options of the world, for example '{\"max_steps\": 20}'"
-    parser.add_argument("--env_options", default="{}", metavar="JSON", help=text)
-    args = parser.parse_args(argv)
+    add_env_options(parser)
     try:
-        faults, summary = check_world(args.world, **read_options(args.env_options))
+        args = parser.parse_args(argv)
+        faults, summary = check_world(args.world, **args.env_options)
     except ConfigError as error:
         faults, summary = [str(error)], ""
     for fault in faults:

@@ -40,7 +40,7 @@ from support.check_config import check_sharding
 from support.generation import generate
 from support.loading import make_optimizer
 from support.viewer import load_policy_with_critic
-from update_tools import assert_close, make_episodes, same, steady
+from update_tools import assert_close, make_episodes, same, sharded_accelerator, steady
 
 # One iteration in each of these ways. `backbone` is ActorCritic's critic.
 WAYS = {
@@ -366,7 +366,7 @@ def test_ddp_holds_gradients_once():
 
 
 def test_deepspeed_is_refused():
-    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, is_fsdp2=False)
+    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
     with pytest.raises(ConfigError, match="take FSDP2"):
         check_sharding(tiny_config(), accelerator)
 
@@ -374,15 +374,10 @@ def test_deepspeed_is_refused():
 @pytest.mark.parametrize("version, efficient, works", [(2, False, 1), (2, True, 0), (1, False, 0)])
 def test_fsdp_in_another_way_is_refused(version, efficient, works):
     """Version 1 is the launcher's default, and its efficient loading fails at the value heads."""
-    plugin = SimpleNamespace(fsdp_version=version, cpu_ram_efficient_loading=efficient)
-    accelerator = SimpleNamespace(
-        distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=plugin)
-    )
+    accelerator = sharded_accelerator(version, efficient)
     refused = pytest.raises(ConfigError, match="configs/accelerate/fsdp.yaml")
     with nullcontext() if works else refused:
         check_sharding(tiny_config(), accelerator)
-    with pytest.raises(ConfigError, match="FSDP"):
-        check_sharding(tiny_config(optimizer="adamw8bit"), accelerator)
 
 
 def test_an_exchange_that_fails_names_the_process(monkeypatch):

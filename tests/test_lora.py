@@ -4,13 +4,11 @@ import copy
 import importlib.util
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM
 
 import hiper
@@ -25,7 +23,16 @@ from support.check_config import check, check_sharding
 from support.loading import load_played, make_optimizer
 from test_plan import QWEN, autocast_forward, bytes_of, saved_bytes, small
 from train import main as train
-from update_tools import assert_close, iterate, learn, make_episodes, record_logprobs, same, weights
+from update_tools import (
+    assert_close,
+    iterate,
+    learn,
+    make_episodes,
+    record_logprobs,
+    same,
+    sharded_accelerator,
+    weights,
+)
 
 PEFT = importlib.util.find_spec("peft")
 with_peft = pytest.mark.skipif(not PEFT, reason="pip install peft")
@@ -229,10 +236,7 @@ def test_what_cannot_work_is_refused(monkeypatch, model, tmp_path):
         check(tiny_config(lora=8))
     with pytest.raises(ConfigError, match="--lora must be at least 0"):
         check(tiny_config(model="x", lora=-1))
-    plugin = SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=False)
-    sharded = SimpleNamespace(
-        distributed_type=DistributedType.FSDP, state=SimpleNamespace(fsdp_plugin=plugin)
-    )
+    sharded = sharded_accelerator()
     with pytest.raises(ConfigError, match="--lora does not work with FSDP"):
         check_sharding(tiny_config(model="x", lora=8), sharded)
     check_sharding(tiny_config(), sharded)

@@ -49,7 +49,7 @@ from support.arguments import read_config
 from support.check_config import check_processes
 from support.distributed import make_accelerator, prepare
 from support.loading import make_optimizer
-from update_tools import make_run, plain_config, same, steady
+from update_tools import make_run, plain_config, same, sharded_accelerator, steady
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
@@ -464,12 +464,19 @@ def test_training_refuses_in_one_sentence(place, capfd, words, said):
     assert said in assert_user_error(train.main, [*words.split(), *small], place, capfd)
 
 
-def test_an_optimizer_that_cannot_be_had_is_refused(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+@pytest.mark.parametrize(
+    "spec, sharded, said", [(None, False, "pip install bitsandbytes"), ("spec", True, "FSDP")]
+)
+def test_an_optimizer_that_cannot_be_had_is_refused(
+    monkeypatch, tmp_path, capsys, spec, sharded, said
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    if sharded:
+        monkeypatch.setattr(train, "make_accelerator", lambda *_, **__: sharded_accelerator())
     with pytest.raises(SystemExit) as exit:
         train.main(flags(tmp_path / "run", optimizer="adamw8bit"))
     assert exit.value.code == 2
-    assert "pip install bitsandbytes" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

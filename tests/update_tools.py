@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 import envs
@@ -350,3 +351,13 @@ def steady(metrics):
         else:
             flat[name] = value
     return flat
+
+
+def sharded_accelerator(version=2, efficient=False):
+    """What the checks of a run's processes ask of an Accelerator with FSDP."""
+    plugin = SimpleNamespace(fsdp_version=version, cpu_ram_efficient_loading=efficient)
+    return SimpleNamespace(
+        num_processes=1,
+        distributed_type=DistributedType.FSDP,
+        state=SimpleNamespace(fsdp_plugin=plugin),
+    )

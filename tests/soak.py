@@ -25,11 +25,12 @@ SETTINGS = {
     "max_new_tokens": 24,
     "save_every": 1,
 }
+NAMES = ("memory", "files", "threads", "processes")  # of a measurement
 PAGE = os.sysconf("SC_PAGE_SIZE") / 2**20  # MB
 
 
 def soak(minutes, out, words):
-    """-> (measurements of each iteration, exit code, processes left)"""
+    """-> (measurements, five a second from the first iteration on, exit code, processes left)"""
     flags = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
     log = open(out.with_suffix(".txt"), "w")
     command = [sys.executable, str(ROOT / "train.py"), "--out", str(out), *flags, *words]
@@ -38,8 +39,7 @@ def soak(minutes, out, words):
     end = None
     while process.poll() is None:
         time.sleep(0.2)
-        iterations = count_lines(out / "metrics.jsonl")
-        if iterations > (rows[-1]["iteration"] if rows else 0):
+        if iterations := count_lines(out / "metrics.jsonl"):
             end = end or time.monotonic() + 60 * minutes
             with contextlib.suppress(OSError):  # it has just ended
                 rows.append({"iteration": iterations, **measure(process.pid)})
@@ -79,14 +79,21 @@ def session(leader):
 
 
 def summarize(rows, code, left):
-    """Memory goes up and down within an iteration: the lowest of each third of the run counts."""
+    """What goes up and down within an iteration (a save opens files): its lowest value counts.
+
+    The first third of the run opens what the run needs, and after its last iteration it closes
+    that: the second third is held against the last one.
+    """
+    iterations = rows[-1]["iteration"]
+    rows = [row for row in rows if row["iteration"] < iterations]
     thirds = [rows[n * len(rows) // 3 : (n + 1) * len(rows) // 3] for n in range(3)]
-    low = [min((row["memory"] for row in third), default=0.0) for third in thirds]
+    low = {name: [min(row[name] for row in third) for third in thirds] for name in NAMES}
+    memory = low["memory"]
     return {
-        "iterations": rows[-1]["iteration"],
-        "lowest_memory_mb": [round(value, 1) for value in low],
-        "mb_per_100_iterations": round(300 * (low[2] - low[1]) / rows[-1]["iteration"], 2),
-        **{name: [rows[0][name], rows[-1][name]] for name in ("files", "threads", "processes")},
+        "iterations": iterations,
+        "lowest_memory_mb": [round(value, 1) for value in memory],
+        "mb_per_100_iterations": round(300 * (memory[2] - memory[1]) / iterations, 2),
+        **{name: low[name][1:] for name in NAMES[1:]},
         "exit_code": code,
         "processes_left": len(left),
     }

@@ -1,13 +1,15 @@
 """benchmarks/horizon.py: what it runs and in which order, and its tables."""
 
+import dataclasses
 import json
 import math
 from collections import Counter
 
 import pytest
 
-from benchmarks import ablation, horizon
+from benchmarks import ablation, horizon, tuning
 from config import Config
+from conftest import tiny_config
 
 
 def line_of(method, point, seed, final=0.5, commit="this commit", iterations=10):
@@ -127,3 +129,34 @@ def test_the_picture_is_drawn(tmp_path):
     lines = [line_of("hiper", (chain, 0), seed) for chain in (1, 4) for seed in range(2)]
     horizon.plot(lines, tmp_path / "horizon.png")
     assert (tmp_path / "horizon.png").stat().st_size > 10_000
+
+
+def test_tuning_changes_one_value_at_a_time_and_equally_often_for_both_methods(
+    monkeypatch, tmp_path, capsys
+):
+    made = []
+
+    def run_training(flags, out, start):
+        assert start == (start.parent / "start")
+        made.append((out, flags))
+        return {**line_of(flags["method"], (1, 0), flags["seed"]), "commit": "this commit"}
+
+    monkeypatch.setattr(tuning, "make_clone", lambda cell, work: work / f"{cell[2]}" / "start")
+    monkeypatch.setattr(tuning, "run_training", run_training)
+    monkeypatch.setattr(tuning, "commit", lambda: "this commit")
+    assert tuning.run_all(2, tmp_path) == []
+    assert tuning.run_all(2, tmp_path) == []  # nothing is run again
+    assert len(made) == len({out for out, _ in made}) == 28
+    assert Counter((flags["method"], flags["seed"]) for _, flags in made) == {
+        (method, seed): 7 for method in ("hiper", "ppo") for seed in (8, 9)
+    }
+    shared = {*horizon.shared_flags(("ppo", (1, 0), 8)), "method", "episodes", "iterations"}
+    for _, flags in made:
+        defaults = dataclasses.asdict(tiny_config(method=flags["method"]))
+        changed = flags.keys() - shared
+        assert all(flags[name] != defaults[name] for name in changed)
+        assert len(changed) <= 1 or changed == {"lam_low", "lam_high"}
+    tuning.show_table([json.loads(line) for line in open(tmp_path / "tuning.jsonl")])
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 15
+    assert table[1].split()[-4:] == ["30.0,", "30.0", "50.0,", "50.0"]

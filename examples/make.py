@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main(run, place):
+    if place.exists():
+        sys.exit(f"error: {place} exists already")
     (place / "checkpoint").mkdir(parents=True)
     settings = json.loads((run / "config.json").read_text())
     settings["out"] = str(place)
@@ -29,4 +31,6 @@ def main(run, place):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    if len(sys.argv) != 3:
+        sys.exit("usage: python examples/make.py RUN FOLDER")
+    main(*map(Path, sys.argv[1:]))

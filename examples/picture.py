@@ -1,6 +1,7 @@
 """Make docs/viewer.png from the example agent: `python examples/picture.py` (needs Chromium).
 
-It plays 64 tasks, writes the page, and takes its picture at an episode of several segments.
+It plays the 300 unseen tasks, writes the page, and takes its picture at the episode whose subgoals'
+advantages differ most.
 """
 
 import json
@@ -21,7 +22,7 @@ def main():
         sys.exit(f"error: none of {', '.join(BROWSERS)} is installed")
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "episodes.html"
-        words = ["eval.py", "examples/household", "--episodes", "64", "--html", str(page)]
+        words = ["eval.py", "examples/household", "--html", str(page)]
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
         words = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
         words += [f"--user-data-dir={folder}/browser", "--virtual-time-budget=3000"]

@@ -30,12 +30,12 @@ def advantages(rewards, values, trajectory, multiple):
 
 
 def test_filling_the_batch_changes_no_advantage():
-    """Two wins, of three turns and of two."""
-    rewards = torch.tensor([0.0, 0.0, 10.0, 0.0, 10.0])
+    """A win that pays 10, in three turns, and one that pays 4, in two."""
+    rewards = torch.tensor([0.0, 0.0, 10.0, 0.0, 4.0])
     trajectory = torch.tensor([0, 0, 0, 1, 1])
     for multiple in (1, 2, 3, 4, 8):
         index, adv = advantages(rewards, torch.zeros(5), trajectory, multiple)
         assert len(index) % multiple == 0
         assert set(index.tolist()) == set(range(5))
         message = f"filled to a multiple of {multiple}: {adv.tolist()}"
-        assert adv.tolist() == [10.0] * len(index), message
+        assert adv.tolist() == [10.0 if turn < 3 else 4.0 for turn in index], message

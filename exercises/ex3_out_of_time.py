@@ -33,9 +33,9 @@ def test_out_of_time_is_not_the_end():
     value of the future: 1 - 10 = -9.
     """
     rewards = torch.ones(2, 4)
-    values = torch.full((2, 4), 10.0)
     end_value = torch.full((2,), 10.0)
     mask = torch.tensor([[True, True, True, True], [True, True, False, False]])
+    values = torch.where(mask, 10.0, 0.0)  # 0 is padding, not the value of a state
     adv = gae(rewards, mask, values, torch.tensor([True, True]), end_value)
     assert adv.abs().max() <= 1e-5, f"truncated: {adv.tolist()}"
     adv = gae(rewards, mask, values, torch.tensor([False, False]), end_value)

@@ -1,8 +1,8 @@
 """Exercise 5. Schulman's k3 estimates KL(pi || ref) from tokens that pi sampled.
 
 It is never negative, and zero where the two agree. Symptom: both are true of this one. But the
-penalty explodes on tokens that the start model finds unlikely. And it is small for a policy that
-no longer writes half of what the start model writes.
+penalty explodes on tokens that the start model finds unlikely. And it stays small on a token that
+the policy has almost stopped writing.
 """
 
 import torch

@@ -96,7 +96,9 @@ class Game:
         self.task, self.steps, self.ended = task, 0, False
         self.subgoal = ""  # the one that the last hint named
         observation, info = self.pool.reset({0: task})[0]
-        print(f"\nTask {task} of {self.size - 1} in {self.pool.split}: {printable(info['task'])}")
+        print(
+            f"\nTask {task} of 0 to {self.size - 1} in {self.pool.split}: {printable(info['task'])}"
+        )
         print(HELP)
         self.show(observation, info)
 

@@ -12,6 +12,12 @@ function show(value, unit) {
   return value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : size >= 0.095 || size === 0 ? 2 : 4).replace("-", "−");
 }
 
+// A line as the group's curve is drawn.
+function drawKey(group, parent) {
+  const key = svg("svg", {class: "line", width: 22, height: 4}, parent);
+  svg("line", {x2: 22, y1: 2, y2: 2, style: `stroke: ${colour(group)}; stroke-width: 3; stroke-dasharray: ${dash(group)}`}, key);
+}
+
 // ---- tables -------------------------------------------------------------------------------------
 function table(parent, head, rows) {
   const top = el("tr", "", null, el("thead", "", null, parent)), body = el("tbody", "", null, parent);
@@ -20,13 +26,13 @@ function table(parent, head, rows) {
     const line = el("tr", "", null, body);
     for (const cell of row) {
       const td = el("td", "num", null, line);
-      if (cell && cell.group !== undefined) el("i", "", null, td).style.background = colour(cell.group);
+      if (cell && cell.group !== undefined) drawKey(cell.group, td);
       td.append(cell && cell.text !== undefined ? cell.text : String(cell ?? "–"));
     }
   }
 }
 const evaluation = e => e ? `${show(e.success, "%")}  [${(100 * e.low).toFixed(1)}, ${(100 * e.high).toFixed(1)}]` : "–";
-table(byId("runs"), ["Run", "Method", "Seed", "Iterations", "Before", "After, with 95 % interval", "Evaluated on", "Minutes"],
+table(byId("runs"), ["Run", "Method", "Seed", "Iterations", "Before", "After, with 95 % interval", "Evaluated on", "Minutes of the iterations"],
   data.runs.map(run => {
     const first = run.evals[0], last = run.evals[run.evals.length - 1];
     const after = last && last.iteration > 0 ? last : null;
@@ -84,7 +90,7 @@ function draw(chart, parent, wide) {
     svg("line", {x1: left, x2: W - right, y1: Y(y), y2: Y(y), stroke: "var(--line)"}, art);
     svg("text", {x: left - 7, y: Y(y) + 4, "text-anchor": "end"}, art, chart.unit === "%" ? String(Math.round(1000 * y) / 10) : String(Number(y.toPrecision(3))).replace("-", "−"));
   }
-  for (const x of ticks(0, xHigh)) svg("text", {x: X(x), y: H - 5, "text-anchor": "middle"}, art, String(x));
+  for (const x of ticks(0, xHigh).filter(Number.isInteger)) svg("text", {x: X(x), y: H - 5, "text-anchor": "middle"}, art, String(x));
   curves.forEach((curve, k) => {
     if (!curve.length) return;
     if (curve[0].many) {
@@ -128,7 +134,7 @@ document.title = data.title;
 byId("title").textContent = data.title;
 data.groups.forEach((name, k) => {
   const item = el("span", "", "", byId("key"));
-  el("i", "", null, item).style.background = colour(k);
+  drawKey(k, item);
   item.append(name);
 });
 const many = data.groups.length < data.runs.length;

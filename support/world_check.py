@@ -73,7 +73,7 @@ def check_world(name, tasks=4, **options):
     try:
         module = load(name)
         check_splits(module)
-        check_options(module, options)
+        limit, options = check_options(module, options)
         sizes = {split: check_size(module, split) for split in module.SPLITS}
         check_make(module, sizes, options)
     except Fault as fault:
@@ -99,7 +99,6 @@ def check_world(name, tasks=4, **options):
                     wins.append(result)
             if check_episode in faults:
                 return list(faults.values()), ""
-    limit, _ = envs.step_limit(module, options)
     lengths = [min(length, limit or LIMIT) for length in lengths]
     if max(lengths) >= LIMIT and "max_steps" in inspect.signature(module.make).parameters:
         faults[play] = f"no end in {LIMIT} steps: step must return truncated True at max_steps"
@@ -145,15 +144,16 @@ def check_splits(module):
 
 
 def check_options(module, options):
-    """A Fault where `make` does not take them, before any task is played."""
+    """-> envs.step_limit. A Fault where `make` does not take them, before any task is played."""
     limit = options.get("max_steps", 1)
     if not is_step_limit(limit):
         raise Fault(f"max_steps must be a whole number above 0, not {limit!r}")
-    _, passed_on = envs.step_limit(module, options)
+    steps, passed_on = envs.step_limit(module, options)
     try:
         inspect.signature(module.make).bind(module.SPLITS[0], 0, **passed_on)
     except TypeError as error:
         raise Fault(f"make does not take the options {options}: {error}") from None
+    return steps, passed_on
 
 
 def check_size(module, split):

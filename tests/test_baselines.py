@@ -480,6 +480,27 @@ def test_imposed_segments_leave_no_switch_to_train():
     assert got.token_mask[:, 4:].all()
 
 
+def test_ppo_values_every_turn():
+    x = random_batch()
+    targets = baseline_of(x, random_output(len(x.episode_idx)), "ppo").targets
+    assert targets["high"][1].all()
+
+
+def test_the_new_methods_defaults_are_what_they_say():
+    x = random_batch()
+    old = random_output(len(x.episode_idx))
+    ret = returns(x.rewards, x.mask)[:, 0]
+    turns = x.rewards, x.mask, x.group, x.state
+    wanted = {
+        "gigpo": gigpo(ret, *turns, gamma=0.95, weight=1.0),
+        "hgpo": hgpo(*turns, gamma=0.95, depth=2, alpha=1.0),
+        "gagpo": gagpo(*turns, gamma=0.95, lam=0.6),
+        "beacon": beacon(ret, x.progress, x.mask, x.group, gamma=0.99),
+    }
+    for method, want in wanted.items():
+        torch.testing.assert_close(baseline_of(x, old, method).raw["A"], want)
+
+
 # ---- the flat response -------------------------------------------------------------------------
 
 
@@ -567,6 +588,22 @@ def test_a_fall_of_success_is_named_where_it_begins():
     named = [i for i in range(1, 13) if collapse_warning(fall[:i], True)]
     assert named == [9]
     assert "20 points" in collapse_warning(fall[:9], True)
+
+
+@pytest.mark.parametrize(
+    "switch_rate, valid, warns",
+    [
+        (0.019, 1.0, True),
+        (0.021, 1.0, False),
+        (0.949, 1.0, False),
+        (0.951, 1.0, True),
+        (0.3, 0.81, False),
+        (0.3, 0.79, True),
+    ],
+)
+def test_where_a_warning_begins(switch_rate, valid, warns):
+    lines = log_lines([0.5] * 4, switch_rate, valid)
+    assert bool(collapse_warning(lines, True)) == warns
 
 
 # ---- who plays ---------------------------------------------------------------------------------
@@ -734,6 +771,12 @@ def test_progress_of_the_household_grows_with_its_subtasks():
         assert info["won"]
         levels = {"look_at_obj_in_light": 3, "pick_and_place_simple": 3}
         assert len({*seen, 1.0}) == levels.get(info["task_type"], 4)
+
+
+def test_a_kept_none_is_no_drift():
+    config = tiny_config(keep_penalties={"drift": 0.2}, invalid_penalty=1.0)
+    turns = (decide(False, "", valid=False), 0, False), (decide(False, "None"), 0, False)
+    assert rewards_of(config, *turns) == [-1.0, 0.0]
 
 
 # ---- the flat prompt, batches and benchmarks/alignment.py --------------------------------------

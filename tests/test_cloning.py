@@ -364,3 +364,47 @@ def test_cloning_shortens_prompts_as_playing_does(tiny_tokenizer, monkeypatch, h
     assert cloned == [turn.prompt for turn in episode.turns]
     whole = tokenize_prompts(tiny_tokenizer, [prompt for prompt, *_ in examples])
     assert any(len(prompt) > room for prompt in whole)
+
+
+def test_cloning_s_value_heads_learn_the_returns(tiny_tokenizer, monkeypatch):
+    """10 gamma^(turns left), 0 without success. The heads start at 0, so the gradient of each
+    bias is minus twice the mean return, in however many micro-batches."""
+    gradients = []
+
+    def clip(parameters, limit):
+        gradients.append(policy.value_heads.bias.grad / cloning.VALUE_WEIGHT)
+        return torch.tensor(1.0)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    left = (2, 1, 0, None, None, 3)
+    shown = demonstrate(range(2))[:6]
+    examples = [(*texts, turns) for (*texts, _), turns in zip(shown, left, strict=True)]
+    policy = new_policy(tiny_tokenizer)
+    config = tiny_config(gamma=0.9, micro_batch_tokens=150)
+    clone(policy, tiny_tokenizer, examples, config, Recipe(lr=1e-3, epochs=1, batch=6))
+    mean = (8.1 + 9 + 10 + 7.29) / 6
+    assert gradients[0].tolist() == pytest.approx([-2 * mean] * 3, rel=1e-4)
+
+
+def test_cloning_takes_each_turn_once_a_pass_in_random_order():
+    batches = cloning._shuffled_batches(12, Recipe(lr=1e-3, epochs=2, batch=4), seed=0)
+    assert [len(rows) for rows in batches] == [4] * 6
+    first, second = sum(batches[:3], []), sum(batches[3:], [])
+    assert sorted(first) == sorted(second) == list(range(12))
+    assert len({tuple(first), tuple(second), tuple(range(12))}) == 3
+
+
+def test_cloning_s_rate_rises_for_30_steps_and_falls_to_a_twentieth(tiny_tokenizer, monkeypatch):
+    rates = []
+    scheduler = torch.optim.lr_scheduler.LambdaLR
+
+    def recorded(optimizer, ramp):
+        rates.extend(map(ramp, range(40)))
+        return scheduler(optimizer, ramp)
+
+    monkeypatch.setattr(torch.optim.lr_scheduler, "LambdaLR", recorded)
+    examples = demonstrate(range(8))[:40]
+    recipe = Recipe(lr=1e-3, epochs=1, batch=1)
+    clone(new_policy(tiny_tokenizer), tiny_tokenizer, examples, tiny_config(), recipe)
+    wanted = {0: 1 / 30, 14: (1 - 0.95 * 14 / 40) / 2, 29: 1 - 0.95 * 29 / 40, 39: 0.05 + 0.95 / 40}
+    assert {step: rates[step] for step in wanted} == pytest.approx(wanted)

@@ -181,6 +181,15 @@ def test_a_world_of_ones_own_keeps_the_contract(corridor):
     check_world(corridor)
 
 
+def test_the_step_limit_is_an_option_of_a_world_that_has_none(corridor, write):
+    code = CORRIDOR.replace("index=0, max_steps=20", "index=0")
+    code = code.replace("+ 1, max_steps)", "+ 1, 10**6)")
+    name = write("testing_unlimited", code)
+    assert "episodes are truncated after 7 steps" in check_world(name, max_steps=7)
+    with pytest.raises(AssertionError, match="max_steps must be a whole number above 0, not 0"):
+        check_world(name, max_steps=0)
+
+
 @pytest.mark.parametrize(
     "right, wrong, said",
     [

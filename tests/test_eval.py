@@ -4,6 +4,7 @@ import errno
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from accelerate import Accelerator
 import eval as evaluation
 import hiper
 from conftest import tiny_config
-from rollout import Episode, Turn
+from rollout import Episode, Turn, collect
 from script_tools import assert_user_error, saved_log, script, tree
+from support.loading import choose_tasks
 from support.metrics import format_table, summarize, wilson_interval
 
 
@@ -197,3 +199,31 @@ def test_any_model_is_evaluated_without_a_run(tiny_actor, tiny_tokenizer, tmp_pa
 def test_evaluation_refuses_in_one_sentence(trained, place, capfd, words, said):
     words = words.replace("TRAINED", str(trained.out)).split()
     assert said in assert_user_error(evaluation.main, words, place, capfd)
+
+
+def test_evaluate_plays_what_it_says(tiny_actor, tiny_tokenizer, monkeypatch):
+    """Split, the world's options, share of the tasks, temperature and seed of one of two."""
+    played = []
+
+    def recorded(actor, tokenizer, pool, tasks, config, *, temperature, **roles):
+        played.append((pool.split, list(tasks), temperature, torch.initial_seed()))
+        return collect(actor, tokenizer, pool, tasks, config, temperature=temperature, **roles)
+
+    monkeypatch.setattr(evaluation, "collect", recorded)
+    monkeypatch.setattr(evaluation, "meet", lambda *_: None)
+    second = SimpleNamespace(process_index=1, num_processes=2, is_main_process=False)
+    config = tiny_config(num_envs=3, max_new_tokens=4, env_options={"max_steps": 2})
+    words = tiny_actor, tiny_tokenizer, second, config, "unseen", [4, 6, 8, 9, 12]
+    result = evaluation.evaluate(*words, temperature=0.7, seed=40)
+    assert played == [("unseen", [6, 9], 0.7, 41)]
+    assert (result["temperature"], result["seed"], result["episode_length"]) == (0.7, 40, 2.0)
+    evaluation.evaluate(*words)
+    assert played[1] == ("unseen", [6, 9], 0.4, config.seed + 1)
+
+
+def test_the_evaluated_tasks_are_spread_over_the_split():
+    tasks = choose_tasks(300, 30)
+    assert tasks == sorted(set(tasks)) == choose_tasks(300, 30) and len(tasks) == 30
+    assert tasks[0] < 60 and tasks[-1] > 240
+    assert len({task % 10 for task in tasks}) > 4
+    assert choose_tasks(300, 0) == choose_tasks(300, 400) == list(range(300))

@@ -59,7 +59,7 @@ def test_the_hints_win_the_game(played):
     steps = len(answers) // 2
     code, said = played("household", *answers, words=["--split", "unseen", "--task", 7])
     assert code == 0
-    assert f"Task 7 of 299 in unseen: {env.task}" in said
+    assert f"Task 7 of 0 to 299 in unseen: {env.task}" in said
     assert f"SWITCH to '{env.obj}" in said or "SWITCH to '" in said
     assert "KEEP '" in said
     assert f"Won after {steps} steps, score 1.00" in said
@@ -70,8 +70,8 @@ def test_what_is_asked_for_at_the_prompt(played):
     assert code == 0
     assert "There are actions 1 to 7." in said
     assert "Nothing happens." in said
-    assert said.count("Task 0 of 19999 in train") == 1
-    assert said.count("Task 1 of 19999 in train") == 2  # next, and again from its start
+    assert said.count("Task 0 of 0 to 19999 in train") == 1
+    assert said.count("Task 1 of 0 to 19999 in train") == 2  # next, and again from its start
     assert said.endswith("> ")
 
 

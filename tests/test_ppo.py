@@ -11,9 +11,12 @@ from accelerate import Accelerator
 
 import hae
 import hiper
+import train
 from rollout import make_batch
 from support import batch as batches
 from support import ppo, scoring
+from support.batch import append_keep_block
+from support.distributed import normalize_global
 from support.loading import make_optimizer
 from update_tools import (
     BIG,
@@ -131,6 +134,13 @@ def test_a_turn_counts_once(tiny_tokenizer):
     a = estimate(alone, first_old, first_end, plain_config())[0]
     b = estimate(together, old, ends, plain_config())[0]
     assert all(torch.allclose(x[0], y[0, :3]) for x, y in zip(a, b, strict=True))
+
+
+def test_global_normalisation_may_leave_the_scale(accelerator):
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)) * 5
+    where = x > -2
+    for scale in (True, False):
+        assert torch.equal(normalize_global(x, where, scale), hae.normalize(x, where, scale))
 
 
 # ---- update ------------------------------------------------------------------------------------
@@ -588,6 +598,15 @@ def test_explained_variance_is_of_the_values_that_have_a_target():
     assert ppo.explained_variance(values, torch.full((24,), -1.7)) == 0.0
 
 
+def test_the_clip_of_the_ratio_is_the_argument(tiny_policy, tiny_tokenizer, accelerator):
+    """All ratios are e^0.3 = 1.35."""
+    episodes = make_episodes(tiny_tokenizer)
+    for clip_range, clips in ((0.3, True), (0.4, False)):
+        changes = dict(shift=-0.3, clip_range=clip_range)
+        losses = learn(tiny_policy, tiny_tokenizer, episodes, accelerator, **changes).losses
+        assert (losses["clip_fraction"] > 0) == clips
+
+
 # ---- an iteration ------------------------------------------------------------------------------
 
 
@@ -650,6 +669,57 @@ def test_iterations_depend_on_seed_and_number_alone(tiny_policy, tiny_tokenizer,
     assert not same(first.weights, play(1).weights)
 
 
+@pytest.mark.parametrize("bootstrap", [False, True])
+@pytest.mark.parametrize("method", ["hiper", "ppo"])
+def test_an_iteration_values_final_states_and_kept_subgoals(
+    tiny_policy, tiny_tokenizer, accelerator, monkeypatch, method, bootstrap
+):
+    """The states after the last turns where they are asked for; V_low as if KEEP were written."""
+    given = {}
+    owner, name = {
+        "hiper": (hiper, "hiper_advantages"),
+        "ppo": (train, "baseline_advantages"),
+    }[method]
+    advantages = getattr(owner, name)
+
+    def recorded(batch, *rest, **values):
+        given.update(values, batch=batch)
+        return advantages(batch, *rest, **values)
+
+    monkeypatch.setattr(owner, name, recorded)
+    changes = dict(method=method, bootstrap=bootstrap, switch_advantage="closed_form")
+    iterate(tiny_policy, tiny_tokenizer, make_episodes(tiny_tokenizer), accelerator, **changes)
+    batch = given["batch"]
+    ends = score(tiny_policy, batch.final_states)
+    if bootstrap:
+        for head in ("high", "low"):
+            assert torch.allclose(given["end_values"].value(head), ends.value(head), atol=1e-5)
+    else:
+        assert given["end_values"] is None
+    if method == "hiper":
+        kept = append_keep_block(batch.samples.prompts, batch.prev_subgoals, tiny_tokenizer)
+        assert torch.allclose(given["v_keep"], score(tiny_policy, kept).v_low, atol=1e-5)
+
+
+def test_the_warm_up_is_the_critic_s(tiny_policy, tiny_tokenizer, accelerator):
+    """Without a critic there is none."""
+    before = weights(tiny_policy.actor)
+    policy = hiper.ActorCritic(tiny_policy.actor, "none")
+    episodes = make_episodes(tiny_tokenizer)
+    changes = dict(method="grpo", group_size=2, critic_warmup=1)
+    after = iterate(policy, tiny_tokenizer, episodes, accelerator, **changes).weights
+    assert any(not torch.equal(after[f"actor.{name}"], before[name]) for name in before)
+
+
+def test_checkpointing_is_off_after_the_update(tiny_policy, tiny_tokenizer, accelerator):
+    """A layer in training mode recomputes: it would generate without its cache."""
+    episodes = make_episodes(tiny_tokenizer)
+    result = iterate(
+        tiny_policy, tiny_tokenizer, episodes, accelerator, gradient_checkpointing=True
+    )
+    assert not any(module.training for module in result.run.model.actor.modules())
+
+
 # ---- gradients that are not finite -------------------------------------------------------------
 
 
@@ -700,3 +770,39 @@ def test_three_such_steps_in_a_row_end_the_update_with_the_weights_before_them(
         learn(tiny_policy, tiny_tokenizer, episodes, accelerator, minibatch_size=5)
     assert len(runs) == 3
     assert same(weights(runs[0].model), weights(tiny_policy))
+
+
+def test_steps_left_out_end_the_update_only_in_a_row(
+    tiny_policy, tiny_tokenizer, accelerator, monkeypatch
+):
+    break_losses(monkeypatch, broken={0, 1, 3})
+    episodes = make_episodes(tiny_tokenizer)
+    done = learn(tiny_policy, tiny_tokenizer, episodes, accelerator, minibatch_size=5)
+    assert done.losses["skipped_steps"] == 3
+
+
+def test_a_nan_of_the_critic_alone_leaves_the_step_out(
+    tiny_policy, tiny_tokenizer, accelerator, monkeypatch
+):
+    value_loss = hiper.value_loss
+    monkeypatch.setattr(hiper, "value_loss", lambda *rest: value_loss(*rest) * torch.nan)
+    episodes = make_episodes(tiny_tokenizer)
+    done = learn(tiny_policy, tiny_tokenizer, episodes, accelerator)
+    assert done.losses["skipped_steps"] == 1
+    assert all(value.isfinite().all() for value in done.weights.values())
+
+
+def test_a_step_on_turns_without_a_segment_s_start_is_made(
+    tiny_policy, tiny_tokenizer, accelerator
+):
+    """Steps of one turn, where a mean may be over nothing."""
+    episodes = make_episodes(tiny_tokenizer)
+    losses = learn(
+        tiny_policy,
+        tiny_tokenizer,
+        episodes,
+        accelerator,
+        optimizer=lambda policy: plain_sgd(policy, lr=0.0),
+        minibatch_size=1,
+    ).losses
+    assert losses["skipped_steps"] == 0 and math.isfinite(losses["value_loss"])

@@ -331,6 +331,22 @@ def test_others_may_plan_and_act_in_the_agent_s_place(monkeypatch, tiny_tokenize
     assert [e.turns[0].decision.action for e in episodes] == ["win"] * 2  # what happened
 
 
+@pytest.mark.parametrize("asked, used", [({}, 1.0), ({"temperature": 0.4}, 0.4)])
+def test_collect_samples_at_the_temperature_asked_for(monkeypatch, tiny_tokenizer, asked, used):
+    """At 1 where none is given: training takes the tokens for samples of the policy."""
+    temperatures = []
+
+    def generate(actor, tokenizer, prompts, *, temperature, max_new_tokens):
+        temperatures.append(temperature)
+        return [encode(tokenizer, SCRIPTS[1][0])] * len(prompts)
+
+    monkeypatch.setattr(rollout, "generate", generate)
+    monkeypatch.setitem(sys.modules, "scripted", scripted_world(SCRIPTS))
+    with envs.EnvPool("scripted") as pool:
+        collect(None, tiny_tokenizer, pool, [1], PLAIN, **asked)
+    assert temperatures == [used]
+
+
 # ---- environments that are lost ----------------------------------------------------------------
 
 FRAIL = '''

@@ -6,11 +6,13 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+from accelerate import Accelerator
 
 import train
 from conftest import tiny_config
 from script_tools import assert_same_run, flags, metrics_of
 from support import task_sampling
+from update_tools import iterate, make_episodes
 from worlds import household
 
 
@@ -146,3 +148,13 @@ def test_a_run_that_was_stopped_draws_as_one_that_was_not(trained, tmp_path, mon
     train.main(words[1])
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
     assert all(len(line["played"]) == 4 for line in metrics_of(tmp_path / "whole"))
+
+
+def test_the_log_holds_what_all_processes_played(tiny_policy, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(train, "gather_object", lambda episodes: episodes * 2)
+    episodes = make_episodes(tiny_tokenizer)
+    changes = dict(task_sampling="edge")
+    metrics = iterate(
+        tiny_policy, tiny_tokenizer, episodes, Accelerator(cpu=True), **changes
+    ).metrics
+    assert metrics["episodes"] == len(metrics["played"]) == 12

@@ -371,16 +371,34 @@ def altered(raw):
     return raw[:middle] + bytes(3000) + raw[middle + 3000 :]
 
 
+def damage(out, part, harm):
+    names = {"weights": ("model.safetensors", "pytorch_model.bin"), "optimizer": ("optimizer.bin",)}
+    [file] = [out / "checkpoint" / n for n in names[part] if (out / "checkpoint" / n).exists()]
+    file.write_bytes(harm(file.read_bytes()))
+
+
 @pytest.mark.parametrize("harm", [cut, empty, altered])
 @pytest.mark.parametrize("part", ["weights", "optimizer"])
+def test_damage_is_noticed(trained, tmp_path, capfd, part, harm):
+    out = tmp_path / "run"
+    shutil.copytree(trained.out, out)
+    damage(out, part, harm)
+    folder, saved, damaged = checkpoint._find_checkpoint(out)
+    assert (folder, saved["iteration"], damaged) == (
+        out / "checkpoint.old",
+        2,
+        [out / "checkpoint"],
+    )
+    assert "checkpoint is damaged" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("part, harm", [("weights", altered), ("optimizer", cut)])
 def test_a_damaged_checkpoint_is_passed_over(trained, tmp_path, capfd, part, harm):
     """The one before is taken, and the run ends as it would have. With none left it says so and
     touches nothing."""
     out = tmp_path / "run"
     shutil.copytree(trained.out, out)
-    names = {"weights": ("model.safetensors", "pytorch_model.bin"), "optimizer": ("optimizer.bin",)}
-    [file] = [out / "checkpoint" / n for n in names[part] if (out / "checkpoint" / n).exists()]
-    file.write_bytes(harm(file.read_bytes()))
+    damage(out, part, harm)
     train.main(flags(out))
     assert "checkpoint is damaged" in capfd.readouterr().out
     assert_same_run(out, trained.out)
@@ -497,6 +515,20 @@ def test_the_scripts_themselves_refuse_with_exit_code_2(place):
         assert len(done.err.splitlines()) == 1
         assert done.out == ""
     assert tree(place) == before
+
+
+def test_training_plays_the_first_split_with_the_world_s_options(monkeypatch, tmp_path):
+    class Opened(Exception):
+        pass
+
+    def open_pool(*words, **options):
+        raise Opened(words, options)
+
+    monkeypatch.setattr(envs, "EnvPool", open_pool)
+    config = tiny_config(env_options={"max_steps": 3})
+    with pytest.raises(Opened) as opened:
+        train.train(config, None, tmp_path)
+    assert opened.value.args == (("household", "train"), {"max_steps": 3})
 
 
 # ---- every method ------------------------------------------------------------------------------

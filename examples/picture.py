@@ -33,12 +33,14 @@ def main():
 
 
 def chosen(page):
-    """The episode with the largest difference between its subgoals' advantages."""
+    """The episode with the largest difference between its subgoals' advantages, all turns valid."""
     text = page.read_text(encoding="utf-8")
     data = re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.S)
     episodes = json.loads(data[1])["episodes"]
 
     def contrast(episode):
+        if any(turn["error"] for turn in episode["turns"]):
+            return 0.0
         rated = [turn["raw"]["o"] for turn in episode["turns"] if "o" in turn["raw"]]
         return max(rated) - min(rated)
 

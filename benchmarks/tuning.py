@@ -51,16 +51,16 @@ def run(method, variant, seed, work):
     """One run, with the clone that is made for its seed if there is none -> its line."""
     cell = method, POINT, seed
     start = make_clone(cell, work)
-    changes = VARIANTS[method][variant]
     flags = {
         **shared_flags(cell),
         "method": method,
         "episodes": POINTS[POINT][1],
         "iterations": ITERATIONS,
-        **changes,
+        **VARIANTS[method][variant],
     }
-    name = "-".join([method, *(f"{key}={value}" for key, value in changes.items()), str(seed)])
-    return {"variant": variant, **run_training(flags, work / f"tuning-{name}", start)}
+    name = variant.replace(" ", "-").replace(".", "_")
+    out = work / f"tuning-{method}-{name}-{seed}"
+    return {"variant": variant, **run_training(flags, out, start)}
 
 
 def run_all(jobs, out):

@@ -250,7 +250,11 @@ def _turn(turn, old, n, samples, tokenizer, texts, tokens):
         "start": bool(turn.is_segment_start),
         "switch": bool(decision.switch),
         "subgoal": turn.subgoal,
-        "drift": bool(decision.valid and decision.subgoal and decision.subgoal != turn.subgoal),
+        "drift": bool(
+            decision.valid
+            and decision.subgoal
+            and decision.subgoal != (turn.subgoal or "None")  # as the prompt shows it
+        ),
         "action": decision.action,
         "error": decision.error,
         "reward": _round(turn.reward),

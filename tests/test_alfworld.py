@@ -675,3 +675,17 @@ def test_the_world_names_its_options():
     assert alfworld.TINY_AGENT == {"page": True}
     assert alfworld.DEMONSTRATOR["disguises"] == 1
     assert alfworld.disguise is disguise
+
+
+@plays
+def test_an_action_that_failed_delivers_nothing():
+    env = first_of("valid_seen", "pick_and_place_simple")
+    env.reset()
+    subgoal = ""
+    while not env._page.held:
+        _, subgoal, action = env.expert(subgoal)
+        env.step(action)
+    move = f"move {env._page.held} to {env._expert._destination}"
+    assert env.step(move)[0] == "Nothing happens."
+    assert env._expert._delivered == set()
+    env.close()

@@ -174,3 +174,66 @@ def test_the_tiny_agent_s_options():
     config = tiny_config(env="babyai")
     with envs.EnvPool("babyai", "train", **envs.world_options(config)) as pool:
         assert not babyai.NAMES.search(pool.reset({0: 0})[0][0])
+
+
+@pytest.mark.parametrize(
+    "reward, truncated, won", [(0, False, False), (0, True, False), (0.7, True, True)]
+)
+def test_only_a_reward_is_a_win_and_an_end_is_no_truncation(monkeypatch, reward, truncated, won):
+    """A mission may end in failure; its end may come with the step limit."""
+    world = babyai.make()
+    world.reset()
+    monkeypatch.setattr(world.env, "step", lambda number: (None, reward, True, truncated, {}))
+    _, *outcome, info = world.step("turn left")
+    assert outcome == [float(won), True, False]
+    assert (info["won"], info["score"]) == (won, float(won))
+
+
+@pytest.mark.parametrize("options, limit", [({}, 20), ({"max_steps": 5}, 5)])
+def test_the_step_limit_is_the_ladder_s_or_the_option_s(options, limit):
+    world = babyai.make(**options)
+    page, _ = world.reset()
+    assert f"Moves {limit}." in page
+    ends = [world.step("fly")[2:4] for _ in range(limit)]
+    assert ends == [(False, False)] * (limit - 1) + [(False, True)]
+
+
+def test_what_the_mission_names_is_listed_first_and_recalled():
+    recalled = 0
+    for index in range(30):
+        world = babyai.make(index=index)
+        page, info = world.reset()
+        wanted = re.sub("go to (the|a) ", "", info["task"]) + " "
+        see = re.search(r"See (.*?)\.", page)[1]
+        if wanted not in see:
+            continue
+        assert see.startswith(wanted)
+        world.step("turn right")
+        page = world.step("turn right")[0]
+        see, recall = re.search(r"See (.*?)\. Recall (.*?)\.", page).groups()
+        assert wanted in see + recall
+        recalled += wanted in recall
+    assert recalled
+
+
+def test_doors_are_recalled():
+    recalled = 0
+    for index in range(10):
+        world = babyai.make(index=index, level="GoTo")
+        page, _ = world.reset()
+        doors = set(re.findall(r"\w+ door", page))
+        world.step("turn right")
+        page = world.step("turn right")[0]
+        see, recall = re.search(r"See (.*?)\. Recall (.*?)\.", page).groups()
+        assert all(door in see + recall for door in doors)
+        recalled += any(door in recall and door not in see for door in doors)
+    assert recalled
+
+
+def test_free_steps_are_counted_over_cells_that_were_seen():
+    """At the beginning that is three cells to each side."""
+    free = []
+    for index in range(20):
+        page, _ = babyai.make(index=index).reset()
+        free += map(int, re.search(r"left (\d) right (\d)\. See", page).groups())
+    assert max(free) == 3

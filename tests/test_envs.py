@@ -19,7 +19,7 @@ import hiper
 import rollout
 from config import ConfigError
 from conftest import tiny_config
-from support import distributed, env_workers, world_check
+from support import distributed, env_workers, world_check, world_guard
 from support.loading import check_world_and_model
 from worlds import household
 
@@ -828,3 +828,52 @@ def test_workers_find_what_the_caller_finds(far, tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.stdout.endswith("\nYou are at 0 of 2.\n"), done.stderr
+
+
+def test_the_user_s_options_go_before_the_tiny_agent_s():
+    config = tiny_config(env="babyai", env_options={"one_word": False, "max_steps": 9})
+    assert envs.world_options(config) == {"one_word": False, "max_steps": 9}
+
+
+def test_a_win_on_the_pool_s_last_step_is_no_truncation():
+    with envs.EnvPool("household", "train") as pool:
+        pool.reset({0: 0})
+        subgoal, outcomes = "", []
+        while not outcomes or not outcomes[-1][2]:
+            _, subgoal, action = pool.expert({0: subgoal})[0]
+            outcomes.append(pool.step({0: action})[0])
+        pool.limit = len(outcomes)
+        pool.reset({0: 0})
+        subgoal = ""
+        for _ in outcomes:
+            _, subgoal, action = pool.expert({0: subgoal})[0]
+            last = pool.step({0: action})[0]
+    assert last[1:4] == (1.0, True, False)
+
+
+@pytest.mark.parametrize("value", [-2e6, 2e6, float("nan")])
+@pytest.mark.parametrize("name", ["reward", "score", "progress"])
+def test_numbers_are_bounded_on_both_sides(name, value):
+    numbers = {"reward": 0.0, "score": 0.0, "progress": 0.5}
+    info = {"task": "", "task_type": "", "admissible": [], "won": False}
+
+    def fault(reward, score, progress):
+        info.update(score=score, progress=progress)
+        return world_guard.find_fault("step", ("page", reward, False, False, info))
+
+    assert fault(**numbers) is None
+    assert name in fault(**{**numbers, name: value})
+
+
+def test_lone_surrogates_are_replaced_wherever_they_stand():
+    broken = ("a\ud800", {"admissible": ["go\udfff", "b"], "deep": [{"c": "\ud800"}], "n": 1})
+    whole = ("a?", {"admissible": ["go?", "b"], "deep": [{"c": "?"}], "n": 1})
+    assert world_guard.replace_surrogates(broken) == whole
+
+
+def test_of_the_episodes_that_lose_a_server_only_the_first_is_to_blame(monkeypatch):
+    local = env_workers.LocalEnvs("household", "train", {})
+    monkeypatch.setattr(local, "attempt", lambda *_: ConnectionError("it is\ngone"))
+    with pytest.warns(UserWarning, match="2 of 2 episodes begin anew"):
+        answers, lost = local.call("step", {3: "look", 1: "look"})
+    assert (answers, lost) == ({}, {3: "lost its server (it is gone)"})

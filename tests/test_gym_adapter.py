@@ -9,6 +9,7 @@ from config import Config, ConfigError
 from conftest import tiny_config
 from support import world_check
 from support.loading import check_world_and_model
+from worlds import adapter_rules, babyai, gym_adapter
 
 gymnasium = pytest.importorskip("gymnasium", reason="pip install -r requirements-babyai.txt")
 
@@ -230,3 +231,43 @@ def test_its_folder_has_a_file_name():
     assert Config(env="gym:a/B-v0", seed=2).out == "runs/gym-a-B-v0-2"
     assert Config(env="openenv:http://127.0.0.1:80").out == "runs/openenv-http-127.0.0.1-80-0"
     assert Config(env="my.worlds_2").out == "runs/my.worlds_2-0"
+
+
+def test_actions_count_from_the_start_of_their_space():
+    class FromFive(gymnasium.Env):
+        action_space = gymnasium.spaces.Discrete(2, start=5)
+        taken = []
+
+        def reset(self, seed=None, options=None):
+            return "begin", {}
+
+        def step(self, action):
+            self.taken.append(action)
+            return "on", 0.0, False, False, {}
+
+    env = gym_adapter.GymEnv(FromFive(), "gym:FromFive", 0, ["up", "down"], None)
+    env.reset()
+    env.step("down")
+    env.step("up")
+    assert FromFive.taken == [6, 5]
+
+
+@pytest.mark.parametrize("module", [adapter_rules, babyai], ids=lambda module: module.__name__)
+def test_no_seed_is_in_both_splits(module):
+    ranges = [range(first, first + count) for first, count in module.SEEDS.values()]
+    assert not set(ranges[0]) & set(ranges[1])
+
+
+def test_the_text_is_the_observation_s_and_other_facts_are_info_s_first():
+    observation = {"text": "a page", "task": "old", "metadata": {"score": 0.5}}
+    info = {"message": "debug", "task": "new"}
+    text, found = adapter_rules.translate(
+        observation, info, 0.0, False, False, task="", task_type="t", admissible=[]
+    )
+    assert (text, found["task"], found["score"]) == ("a page", "new", 0.5)
+
+
+def test_an_env_without_a_step_limit_gets_100():
+    gymnasium.register("TestingEndless-v0", entry_point=lambda: None)
+    assert envs.world("gym:TestingEndless-v0").MAX_STEPS == 100
+    gymnasium.registry.pop("TestingEndless-v0")

@@ -175,3 +175,17 @@ def test_demonstrations_show_days_tasks_and_waits_as_one_token_each(options):
 def test_other_numbers_are_refused(options):
     with pytest.raises(ValueError, match=f"household's {next(iter(options))} must be a whole"):
         make("train", 0, **options)
+
+
+def test_the_tasks_of_a_chain_are_tasks_of_its_split():
+    rooms = household.make("unseen", 299, chain=3).rooms
+    alone = [household.make("unseen", index) for index in (299, 100, 201)]
+    assert [room.home for room in rooms] == [room.home for room in alone]
+
+
+def test_reset_ends_a_routine():
+    env = household.make("train", 0, routine=2)
+    first = env.reset()
+    env.step("go to sink 1")
+    assert env.admissible() == ["wait"]
+    assert env.reset() == first

@@ -367,3 +367,29 @@ def test_in_bfloat16_evaluation_plays_what_training_played(monkeypatch, model, t
     assert last.pop("iteration") == 1
     evaluated = json.loads(result.read_text())
     assert {**evaluated, **last} == evaluated
+
+
+@with_peft
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_the_plan_s_frozen_and_trained_bytes_are_the_policy_s(tiny_actor, critic):
+    s = plan.count_sizes(tiny_actor.config, critic, 4)
+    parts, _ = plan.memory(s, Config(model="x", lora=4, critic=critic))
+    policy, reference = lora_policy(tiny_actor, critic, dtype=torch.bfloat16)
+    everything = {id(p): p for model in (policy, reference) for p in model.parameters()}.values()
+    trained = bytes_of(p for p in everything if p.requires_grad)
+    assert parts["frozen weights of all, bf16"][0] == bytes_of(
+        p for p in everything if not p.requires_grad
+    )
+    assert parts["adapters and heads, float32"][0] == trained
+    assert parts["gradients, float32"][0] == trained
+    assert parts["autocast's bf16 copies"][0] == trained / 2
+
+
+@with_peft
+@pytest.mark.parametrize("rank", [1, 8])
+def test_an_adapter_counts_twice_whatever_its_rank(tiny_actor, rank):
+    from peft.tuners.lora import LoraLayer
+
+    policy, _ = lora_policy(tiny_actor, rank=rank)
+    layers = [module for module in policy.modules() if isinstance(module, LoraLayer)]
+    assert {scale for layer in layers for scale in layer.scaling.values()} == {2.0}

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,6 +20,7 @@ from config import ConfigError
 from conftest import tiny_config
 from support import world_check
 from support.loading import check_world_and_model
+from worlds import openenv_adapter
 
 try:
     from openenv.core.env_server import create_fastapi_app  # noqa: F401
@@ -208,3 +210,24 @@ def test_without_openenv_the_command_that_brings_it(monkeypatch):
     monkeypatch.setattr(openenv_adapter, "GenericEnvClient", None)
     with pytest.raises(ValueError, match="pip install openenv-core"):
         envs.world("openenv:http://127.0.0.1:9")
+
+
+def test_a_reward_at_a_limit_is_no_win():
+    world = SimpleNamespace(address="here", __name__="openenv:here")
+    env = openenv_adapter.OpenEnv(world, 0, "message", [], None, 60, 60)
+    env.task = "play"
+    for limit in (False, True):
+        observation = {"message": "the end", "truncated": limit}
+        result = SimpleNamespace(observation=observation, reward=0.5, done=True)
+        _, info, truncated = env.translate(result, ended=True)
+        assert (truncated, info["won"]) == (limit, not limit)
+
+
+def test_a_limit_counts_at_the_end_and_the_task_is_that_of_the_reset(monkeypatch):
+    env = envs.make("openenv:openenv_server:Count")
+    begun = SimpleNamespace(observation={"message": "a", "task": "reach 3"}, reward=0, done=False)
+    later = SimpleNamespace(observation={"message": "b", "truncated": True}, reward=0, done=False)
+    monkeypatch.setattr(env, "begin", lambda: begun)
+    env.reset()
+    _, info, truncated = env.translate(later, ended=False)
+    assert (info["task"], truncated) == ("reach 3", False)

@@ -468,3 +468,21 @@ def test_the_disk_of_a_run():
     assert round(checkpoint / 1e9) == 37
     assert round(whole / 1e9) == 130
     assert round(plan.disk(s, Config(optimizer="adamw8bit"))[0] / 1e9) == 19
+
+
+def test_a_micro_batch_has_at_least_one_row():
+    row = BIG.max_prompt_tokens + BIG.max_new_tokens
+    peaks = [plan.memory(S, replace(BIG, micro_batch_tokens=n))[1] for n in (1, row, row + 1)]
+    assert peaks[0] == peaks[1]
+    assert peaks[1]["update"] < peaks[2]["update"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_critic_of_its_own_keeps_as_much_as_the_actor(checkpointing):
+    """Both backbones wait for one backward pass: all of each, or the inputs of its layers."""
+    shared = plan.count_sizes(small(), "shared")
+    separate = plan.count_sizes(small(), "separate")
+    layer = 4 * shared.hidden if checkpointing else plan.layer_activations(shared)
+    backbone = shared.layers * layer + 2 * 4 * shared.hidden
+    both, one = (plan.activations(s, 10, checkpointing) for s in (separate, shared))
+    assert both - one == 10 * backbone

@@ -806,3 +806,8 @@ def test_a_step_on_turns_without_a_segment_s_start_is_made(
         minibatch_size=1,
     ).losses
     assert losses["skipped_steps"] == 0 and math.isfinite(losses["value_loss"])
+
+
+def test_adam_does_not_decay_weights_and_has_the_settings_eps(tiny_policy):
+    optimizer = make_optimizer(tiny_policy, plain_config(adam_eps=1e-3))
+    assert [(g["weight_decay"], g["eps"]) for g in optimizer.param_groups] == [(0.0, 1e-3)] * 2

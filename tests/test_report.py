@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,8 +11,10 @@ import eval as evaluation
 from browser import dump_dom
 from script_tools import assert_user_error
 from support import plots
+from support.metrics import rate_interval
 from support.report import differing_settings, read_run, report_data, write_report
 
+EXAMPLE = Path(__file__).parent.parent / "examples" / "household"
 HOSTILE = "</script><img src=x onerror=\"document.title='ran'\">"
 
 
@@ -194,3 +197,35 @@ def test_the_curve_marks_the_warmup_and_names_what_it_draws(tmp_path, monkeypatc
     names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert names[0] == "training episodes, temperature 1"
     assert names[1] == "unseen: 10 tasks, temperature 0.4, with 95 % interval"
+
+
+def test_a_family_s_interval_is_that_of_its_own_episodes(folders):
+    run = read_run(folders[0])
+    run["evals"][1]["episodes_by_type"] = {"simple": 4}
+    found = charts(report_data([run]))
+    assert found["simple"]["points"][0][1] == [2, 0.5, *rate_interval(0.5, 4)]
+    assert found["Success"]["points"][0][1] == [2, 0.5, *rate_interval(0.5, 10)]
+
+
+def test_every_curve_finds_its_numbers_in_the_log_of_a_run():
+    for title, chart in charts(report_data([read_run(EXAMPLE)])).items():
+        [line] = chart["lines"]
+        assert line and all(value is not None for _, value in line), title
+
+
+def test_numbers_of_processes_and_threads_are_no_settings(tmp_path):
+    one = write_run(tmp_path / "a", [0.1], counts={"processes": 1, "threads": 2})
+    two = write_run(tmp_path / "b", [0.1], counts={"processes": 1, "threads": 4})
+    assert differing_settings([read_run(one), read_run(two)]) == {}
+
+
+def test_the_warm_up_of_a_run_is_that_of_its_settings(folders):
+    assert [run["warmup"] for run in report_data([read_run(folders[0])])["runs"]] == [1]
+
+
+def test_an_evaluation_has_its_interval_and_its_protocol(folders):
+    [run] = report_data([read_run(folders[0])])["runs"]
+    low, high = rate_interval(0.5, 10)
+    about = "unseen, 10 tasks, temperature 0.4"
+    expected = {"iteration": 2, "success": 0.5, "about": about, "low": low, "high": high}
+    assert run["evals"][1] == expected

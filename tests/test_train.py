@@ -22,6 +22,7 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import envs
@@ -47,8 +48,10 @@ from script_tools import (
 from support import checkpoint, cloning, files
 from support.arguments import read_config
 from support.check_config import check_processes
+from support.checkpoint import is_best
+from support.cloning import HEADS
 from support.distributed import make_accelerator, prepare
-from support.loading import make_optimizer
+from support.loading import load_policy, load_run, make_optimizer
 from update_tools import make_run, plain_config, same, sharded_accelerator, steady
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -599,3 +602,16 @@ def test_moments_in_8_bits_learn_and_go_on(trained, tmp_path):
     assert saved_iteration(again / "checkpoint") == 3
     assert same(ours, saved_weights(whole / "checkpoint"))
     assert not same(begun, ours)
+
+
+def test_training_begins_with_the_clone_s_value_heads(trained):
+    config, *_ = load_run(trained.out)
+    policy, *_ = load_policy(config, trained.out, None, Accelerator(cpu=True))
+    heads = load_file(trained.out / "start" / HEADS)
+    assert heads["weight"].abs().max() > 0
+    assert same(policy.value_heads.state_dict(), heads)
+
+
+def test_of_equal_saves_the_first_is_the_best():
+    lines = [{"success": success} for success in (0.25, 0.25, 0.5, 0.5)]
+    assert [is_best(lines[:n], 1) for n in (1, 2, 3, 4)] == [True, False, True, False]

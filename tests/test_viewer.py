@@ -14,8 +14,9 @@ import eval as evaluation
 from browser import dump_dom
 from config import ConfigError
 from hae import gae
+from support import viewer
 from support.pages import as_json, write_page
-from support.protocol import switch_words
+from support.protocol import decision_masks, switch_words
 from support.tokens import response_text
 from support.viewer import (
     load_policy_with_critic,
@@ -24,7 +25,7 @@ from support.viewer import (
     token_texts,
     write_training,
 )
-from update_tools import make_episode, plain_config
+from update_tools import make_episode, make_episodes, plain_config
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "household"
 HOSTILE = (
@@ -362,3 +363,94 @@ def test_a_negative_number_of_episodes_is_refused(capsys):
         evaluation.main([str(EXAMPLE), "--show", "-1"])
     assert stopped.value.code == 2
     assert "--show must be 0 or more" in capsys.readouterr().err
+
+
+def test_the_page_says_of_each_turn_what_happened(tiny_policy, tiny_tokenizer):
+    episodes = [
+        replace(episode, index=40 + n, task=f"task {n}", task_score=0.25)
+        for n, episode in enumerate(make_episodes(tiny_tokenizer))
+    ]
+    data, _, advantages = data_of(tiny_policy, episodes, tiny_tokenizer)
+    n = 0
+    for episode, shown in zip(episodes, data["episodes"], strict=True):
+        for ours, theirs in {"type": "task_type", "score": "task_score"}.items():
+            assert shown[ours] == getattr(episode, theirs)
+        assert (shown["index"], shown["truncated"]) == (episode.index, episode.truncated)
+        for turn, record in zip(episode.turns, shown["turns"], strict=True):
+            decision = turn.decision
+            assert "\n".join(data["texts"][i] for i in record["observation"]) == turn.observation
+            assert (record["switch"], record["start"]) == (decision.switch, turn.is_segment_start)
+            assert (record["subgoal"], record["action"]) == (turn.subgoal, decision.action)
+            assert record["error"] == decision.error
+            assert record["reward"] == pytest.approx(turn.reward)
+            length = len(turn.response)
+            masks = decision_masks([turn.response], [length], tiny_tokenizer)
+            letters = ["."] * length
+            for letter, [mask] in zip("soa", masks, strict=True):
+                letters = [letter if on else old for on, old in zip(mask, letters, strict=True)]
+            assert record["kinds"] == "".join(letters)
+            trained = advantages.token_mask[n, :length]
+            of_trained = {letter for letter, on in zip(letters, trained, strict=True) if on}
+            assert set(record["scaled"]) == of_trained
+            n += 1
+
+
+def test_flat_gae_ends_as_hae_does(tiny_policy, tiny_tokenizer):
+    """Also where the step limit ended the episode and the last state is valued."""
+    episodes = make_episodes(tiny_tokenizer)
+    assert any(episode.truncated for episode in episodes)
+    data, *_ = data_of(tiny_policy, episodes, tiny_tokenizer, bootstrap=True)
+    for shown in data["episodes"]:
+        last = shown["turns"][-1]
+        assert last["flat"] == pytest.approx(last["raw"]["a"], rel=1e-3)
+
+
+def test_only_a_valid_answer_drifts(tiny_policy, tiny_tokenizer):
+    episode = make_episodes(tiny_tokenizer, lengths=(3,))[0]
+    _, turn, _ = episode.turns
+    kept = turn.decision._replace(switch=False, subgoal="b", valid=True)
+    turns = [
+        replace(turn, subgoal="a", decision=kept),
+        replace(turn, subgoal="b", decision=kept),
+        replace(turn, subgoal="a", decision=kept._replace(valid=False)),
+    ]
+    data, *_ = data_of(tiny_policy, [replace(episode, turns=turns)], tiny_tokenizer)
+    assert [turn["drift"] for turn in data["episodes"][0]["turns"]] == [True, False, False]
+
+
+def test_a_kept_none_is_no_drift_on_the_page(tiny_policy, tiny_tokenizer):
+    """As in `AgentState._shaped_reward`: the prompt shows None where nothing is carried."""
+    episode = make_episodes(tiny_tokenizer, lengths=(2,))[0]
+    first, turn = episode.turns
+    kept = turn.decision._replace(switch=False, subgoal="None", valid=True)
+    episode = replace(episode, turns=[first, replace(turn, subgoal="", decision=kept)])
+    data, *_ = data_of(tiny_policy, [episode], tiny_tokenizer)
+    assert not data["episodes"][0]["turns"][1]["drift"]
+
+
+def test_what_is_printed_is_what_the_page_has(tmp_path, capsys):
+    """Each episode with its own advantages."""
+    page = tmp_path / "page.html"
+    words = [str(EXAMPLE), "--episodes", "3", "--show", "3", "--html", str(page)]
+    evaluation.main(words)
+    printed = re.findall(r"^task (\d+)(.*?)\n\n", capsys.readouterr().out, re.S | re.M)
+    shown = shown_data(page)["episodes"]
+    assert [int(index) for index, _ in printed] == [episode["index"] for episode in shown]
+    for (_, text), episode in zip(printed, shown, strict=True):
+        numbers = [float(number) for number in re.findall(r"A_action (\S+)", text)]
+        assert numbers == pytest.approx([turn["raw"]["a"] for turn in episode["turns"]], abs=0.01)
+
+
+def test_episodes_are_shown_in_the_order_of_their_tasks(
+    tiny_actor, tiny_tokenizer, capsys, monkeypatch
+):
+    """In whatever order they were played."""
+    monkeypatch.setattr(viewer, "gather_object", lambda played: played)
+    played = [
+        replace(episode, index=index)
+        for episode, index in zip(make_episodes(tiny_tokenizer), (5, 2, 9, 0, 7, 3), strict=True)
+    ]
+    args = SimpleNamespace(html=None, show=3, split=None, model="x")
+    accelerator = SimpleNamespace(is_main_process=True)
+    viewer.show_episodes(args, played, tiny_actor, plain_config(), tiny_tokenizer, accelerator)
+    assert re.findall(r"^task (\d+)", capsys.readouterr().out, re.M) == ["0", "2", "3"]

@@ -736,3 +736,60 @@ def test_goals_and_their_ceiling(real):
 
 def contains_colour(value):
     return any(name in value and name != value for name in COLOURS)
+
+
+@needs_rapidfuzz
+def test_the_edges_of_the_score():
+    """A tenth of the nouns is of a related type; a price that equals the limit is low enough."""
+    words = "alpha beta gamma delta epsilon zeta eta theta iota kappa"
+    catalogue = Catalogue([item("B1", words), item("B2", "alpha")], {})
+    goal = {"asin": "B1", "attributes": ["one"], "options": {}, "price_upper": 20.0}
+    assert catalogue.score(goal, "B2", {}) == 0.5
+    assert catalogue.score({**goal, "price_upper": 12.5}, "B1", {}) == 1.0
+
+
+@needs_rapidfuzz
+def test_the_page_lists_the_last_value_of_an_instruction_without_a_price():
+    catalogue = Catalogue([{**CHAIR, "pricing": "$1,985.00"}], INSTRUCTIONS)
+    env = webshop.WebShopEnv(catalogue, catalogue.goals[3], page=True)
+    assert env.reset()[1]["task"].endswith("with color: dark blue, and size: l")
+    env.step("search[oak]")
+    page, *_ = env.step("click[B000000001]")
+    assert page.endswith("Options: dark blue, l. Chosen: none.")
+
+
+@needs_rapidfuzz
+def test_a_value_that_cannot_be_clicked_is_not_pursued():
+    chair = {**CHAIR, "customization_options": {"size": [{"value": "l [large]"}]}}
+    catalogue = Catalogue([chair], INSTRUCTIONS)
+    env = webshop.WebShopEnv(catalogue, catalogue.goals[0])
+    env.reset()
+    assert env.goal["options"] == {"size": "l [large]"}
+    assert env.expert("") is None  # the goal cannot be won
+
+
+@needs_rapidfuzz
+def test_a_query_that_finds_other_products_only_is_no_way_to_the_product(monkeypatch):
+    catalogue = Catalogue([CHAIR, item("B000000002", "Oak Stool")], INSTRUCTIONS)
+    env = webshop.WebShopEnv(catalogue, catalogue.goals[0])
+    env.reset()
+    monkeypatch.setattr(catalogue.index, "search", lambda query: (1,))
+    assert env.expert("")[2] == "search[Oak Chair]"
+
+
+@needs_rapidfuzz
+def test_price_limits_are_above_the_price():
+    """The larger of two of the next four multiples of 10 above 20 dollars."""
+    chair = {**CHAIR, "pricing": "$20.00", "customization_options": {}}
+    goals = [Catalogue([chair], INSTRUCTIONS, seed=seed).goals[0] for seed in range(40)]
+    assert {goal["price_upper"] for goal in goals} == {40.0, 50.0, 60.0}
+
+
+@needs_rapidfuzz
+def test_a_purchase_on_the_last_step_is_no_truncation():
+    catalogue = Catalogue([CHAIR], INSTRUCTIONS)
+    env = webshop.WebShopEnv(catalogue, catalogue.goals[0], max_steps=3)
+    env.reset()
+    env.step("search[oak]")
+    env.step("click[B000000001]")
+    assert env.step("click[buy now]")[2:4] == (True, False)

@@ -162,20 +162,34 @@ def run_all(cells, iterations, jobs, out):
     """Run the cells, append their lines to out/ablation.jsonl -> what failed, as sentences."""
     work = out / "ablation" / short(commit())  # a run does not go on with other code
     work.mkdir(parents=True, exist_ok=True)
-    locks = {(prompt, seed): Lock() for _, prompt, seed in cells}
+    return run_cells(
+        cells,
+        make_start=lambda cell: make_clone(*cell[1:], work),
+        run_one=lambda cell, start: train(*cell, iterations, start, work),
+        jobs=jobs,
+        path=out / "ablation.jsonl",
+    )
 
-    def run_one(cell):
-        method, prompt, seed = cell
-        with locks[prompt, seed]:  # the first one makes the clone
-            start = make_clone(prompt, seed, work)
-        line = train(method, prompt, seed, iterations, start, work)
-        with open(out / "ablation.jsonl", "a") as file:
+
+def run_cells(cells, make_start, run_one, jobs, path):
+    """Run the cells, `jobs` at once; each ends as a line of `path` -> what failed, as sentences.
+
+    Cells that differ in their first part alone share a start: make_start(cell) -> its folder, made
+    by the first of them. run_one(cell, start) -> the cell's line.
+    """
+    locks = {cell[1:]: Lock() for cell in cells}
+
+    def run(cell):
+        with locks[cell[1:]]:
+            start = make_start(cell)
+        line = run_one(cell, start)
+        with open(path, "a") as file:
             file.write(json.dumps(line) + "\n")
         before, after = 100 * line["success_start"], 100 * line["success_final"]
-        print(f"{method} {prompt} {seed}: {before:.1f} % -> {after:.1f} %", flush=True)
+        print(f"{' '.join(map(str, cell))}: {before:.1f} % -> {after:.1f} %", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
-        futures = {cell: pool.submit(run_one, cell) for cell in cells}
+        futures = {cell: pool.submit(run, cell) for cell in cells}
     errors = {cell: future.exception() for cell, future in futures.items()}
     return [f"{' '.join(map(str, cell))}: {error}" for cell, error in errors.items() if error]
 
@@ -271,9 +285,9 @@ def by_version(lines):
     return tables
 
 
-def show_runs(out, name, iterations, show_table, plot):
-    """Tables of the lines in out/NAME.jsonl, one per commit and iterations; a picture of this
-    commit's with these iterations -> their lines."""
+def show_runs(out, name, iterations, show_table, plot=None):
+    """Tables of the lines in out/NAME.jsonl, one per commit and iterations; with `plot` a picture
+    of this commit's with these iterations -> their lines."""
     tables = by_version(read_lines(out / f"{name}.jsonl"))
     mine = tables.pop((commit(), iterations), [])
     for (other, count), some in tables.items():
@@ -281,7 +295,8 @@ def show_runs(out, name, iterations, show_table, plot):
         show_table(f"{out}, {which} commit: {short(other)}, {count} iterations", some)
     if mine:
         show_table(f"{out}, this commit: {short(commit())}, {iterations} iterations", mine)
-        plot(mine, out / f"{name}.png")
+        if plot:
+            plot(mine, out / f"{name}.png")
     return mine
 
 

@@ -30,9 +30,7 @@ import math
 import random
 import statistics
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -41,6 +39,7 @@ from benchmarks.ablation import (
     clone,
     commit,
     read_lines,
+    run_cells,
     run_training,
     show_ours,
     show_runs,
@@ -97,17 +96,22 @@ def make_clone(cell, work):
     return clone(work / f"clone-{chain}-{routine}-{seed}", **shared_flags(cell))
 
 
+def run_flags(cell, iterations):
+    """All settings of the cell's run."""
+    method, point, _ = cell
+    return {
+        **shared_flags(cell),
+        **(PAPER if method == "hiper-paper" else {"method": method}),
+        "episodes": POINTS[point][1],
+        "iterations": iterations,
+    }
+
+
 def run_cell(cell, iterations, start, work):
     """One run -> its line."""
     method, (chain, routine), seed = cell
-    flags = {
-        **shared_flags(cell),
-        **(PAPER if method == "hiper-paper" else {"method": method}),
-        "episodes": POINTS[chain, routine][1],
-        "iterations": iterations,
-    }
     out = work / f"{method}-{chain}-{routine}-{seed}-{iterations}"
-    line = run_training(flags, out, start)
+    line = run_training(run_flags(cell, iterations), out, start)
     return {"chain": chain, "routine": routine, **line, "method": method}
 
 
@@ -115,21 +119,13 @@ def run_all(todo, iterations, jobs, out):
     """Run the cells, append their lines to out/horizon.jsonl -> what failed, as sentences."""
     work = out / "horizon" / short(commit())  # a run does not go on with other code
     work.mkdir(parents=True, exist_ok=True)
-    locks = {(point, seed): Lock() for _, point, seed in todo}
-
-    def run_one(cell):
-        with locks[cell[1:]]:  # the first one makes the clone
-            start = make_clone(cell, work)
-        line = run_cell(cell, iterations, start, work)
-        with open(out / "horizon.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-        before, after = 100 * line["success_start"], 100 * line["success_final"]
-        print(*cell, f"{before:.1f} % -> {after:.1f} %", flush=True)
-
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = {cell: pool.submit(run_one, cell) for cell in todo}
-    errors = {cell: future.exception() for cell, future in futures.items()}
-    return [f"{cell}: {error}" for cell, error in errors.items() if error]
+    return run_cells(
+        todo,
+        make_start=lambda cell: make_clone(cell, work),
+        run_one=lambda cell, start: run_cell(cell, iterations, start, work),
+        jobs=jobs,
+        path=out / "horizon.jsonl",
+    )
 
 
 # ---- tables and picture ------------------------------------------------------------------------

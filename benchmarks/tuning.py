@@ -7,22 +7,30 @@ Runs are those of horizon.py with one task per episode (64 episodes, 10 iteratio
 no other table reports. One value is changed at a time. What chooses is the mean success of the
 training episodes, which play in rooms of the training split; success on 300 unseen tasks stands
 beside it. Each run ends as one line in runs/benchmarks/tuning.jsonl. A line of the same commit is
-not run again.
+not run again. Our own lines are in benchmarks/results/tuning.jsonl.
 """
 
 import argparse
-import json
 import statistics
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.ablation import ROOT, commit, read_lines, run_training
-from benchmarks.horizon import POINTS, make_clone, shared_flags
+from benchmarks.ablation import (
+    ROOT,
+    commit,
+    read_lines,
+    run_cells,
+    run_training,
+    show_ours,
+    show_runs,
+    version_of,
+)
+from benchmarks.horizon import make_clone, run_flags
 from support.commit import short
 
+OURS = ROOT / "benchmarks" / "results" / "tuning.jsonl"
 POINT = (1, 0)
 SEEDS = (8, 9)
 ITERATIONS = 10
@@ -47,58 +55,48 @@ VARIANTS = {
 }
 
 
-def run(method, variant, seed, work):
-    """One run, with the clone that is made for its seed if there is none -> its line."""
-    cell = method, POINT, seed
-    start = make_clone(cell, work)
-    flags = {
-        **shared_flags(cell),
-        "method": method,
-        "episodes": POINTS[POINT][1],
-        "iterations": ITERATIONS,
-        **VARIANTS[method][variant],
-    }
+def cell_of(line):
+    """(method, value), seed"""
+    return (line["method"], line["variant"]), line["seed"]
+
+
+def run(cell, start, work):
+    """One run -> its line."""
+    (method, variant), seed = cell
+    flags = {**run_flags((method, POINT, seed), ITERATIONS), **VARIANTS[method][variant]}
     name = variant.replace(" ", "-").replace(".", "_")
-    out = work / f"tuning-{method}-{name}-{seed}"
-    return {"variant": variant, **run_training(flags, out, start)}
+    line = run_training(flags, work / f"tuning-{method}-{name}-{seed}", start)
+    return {"variant": variant, **line}
 
 
 def run_all(jobs, out):
     """Run what is missing; each ends as a line of out/tuning.jsonl -> what failed, as sentences."""
-    work = out / "horizon" / short(commit())
+    work = out / "horizon" / short(commit())  # the clones of horizon.py
     work.mkdir(parents=True, exist_ok=True)
     path = out / "tuning.jsonl"
-    done = {key_of(line) for line in read_lines(path) if line["commit"] == commit()}
-
-    def run_seed(seed, todo):
-        for method, variant in todo:
-            line = run(method, variant, seed, work)
-            with open(path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = {}
-        for seed in SEEDS:
-            keys = [(method, name) for method, names in VARIANTS.items() for name in names]
-            todo = [key for key in keys if (*key, seed) not in done]
-            futures[seed] = pool.submit(run_seed, seed, todo)
-    errors = {seed: future.exception() for seed, future in futures.items()}
-    return [f"seed {seed}: {error}" for seed, error in errors.items() if error]
+    this = commit(), ITERATIONS
+    done = {cell_of(line) for line in read_lines(path) if version_of(line) == this}
+    values = [(method, variant) for method, variants in VARIANTS.items() for variant in variants]
+    cells = [(value, seed) for seed in SEEDS for value in values]
+    return run_cells(
+        [cell for cell in cells if cell not in done],
+        make_start=lambda cell: make_clone((None, POINT, cell[1]), work),
+        run_one=lambda cell, start: run(cell, start, work),
+        jobs=jobs,
+        path=path,
+    )
 
 
-def key_of(line):
-    return line["method"], line["variant"], line["seed"]
-
-
-def show_table(lines):
+def show_table(title, lines):
     """Per method and value: training and final success of each seed, in percent."""
+    print(f"\n{title}")
     print("method  value                    n  training, mean  by seed      final, by seed")
     for method, names in VARIANTS.items():
         for name in names:
-            some = [line for line in lines if key_of(line)[:2] == (method, name)]
+            some = [line for line in lines if cell_of(line)[0] == (method, name)]
             if not some:
                 continue
-            some = sorted(some, key=key_of)
+            some = sorted(some, key=cell_of)
             training = [100 * statistics.mean(line["curve"]) for line in some]
             final = ", ".join(f"{100 * line['success_final']:.1f}" for line in some)
             by_seed = ", ".join(f"{value:.1f}" for value in training)
@@ -114,11 +112,10 @@ def main():
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks")
     args = parser.parse_args()
-    failed = [] if args.show else run_all(args.jobs, args.out.resolve())
-    lines = read_lines(args.out / "tuning.jsonl")
-    for made_with in dict.fromkeys(line["commit"] for line in lines):
-        print(f"\ncommit {short(made_with)}")
-        show_table([line for line in lines if line["commit"] == made_with])
+    out = args.out.resolve()
+    failed = [] if args.show else run_all(args.jobs, out)
+    show_ours(OURS, show_table)
+    show_runs(out, "tuning", ITERATIONS, show_table)
     if failed:
         sys.exit("failed: " + "; ".join(failed))
 

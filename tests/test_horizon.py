@@ -156,7 +156,9 @@ def test_tuning_changes_one_value_at_a_time_and_equally_often_for_both_methods(
         changed = flags.keys() - shared
         assert all(flags[name] != defaults[name] for name in changed)
         assert len(changed) <= 1 or changed == {"lam_low", "lam_high"}
-    tuning.show_table([json.loads(line) for line in open(tmp_path / "tuning.jsonl")])
-    table = capsys.readouterr().out.splitlines()
+    capsys.readouterr()
+    tuning.show_table("title", [json.loads(line) for line in open(tmp_path / "tuning.jsonl")])
+    _, title, *table = capsys.readouterr().out.splitlines()
+    assert title == "title"
     assert len(table) == 15
     assert table[1].split()[-4:] == ["30.0,", "30.0", "50.0,", "50.0"]

@@ -135,7 +135,7 @@ class AgentState:
             shaped -= config.invalid_penalty
         elif self._is_keep(decision, is_segment_start):
             shaped -= config.keep_penalties.get("turn", 0.0)
-            if decision.subgoal != (self.subgoal or "None"):  # as the prompt shows it
+            if decision.drifts(self.subgoal):
                 shaped -= config.keep_penalties.get("drift", 0.0)
         return shaped
 

@@ -72,16 +72,21 @@ def _fill(template, task, observation, subgoal, history, admissible):
     return template.format(
         task=task,
         observation=observation,
-        subgoal=subgoal or "None",
+        subgoal=shown(subgoal),
         history=past,
         actions=actions,
     )
 
 
+def shown(subgoal):
+    """A subgoal as prompts and plans show it; "" is that of an agent that carries none."""
+    return subgoal or "None"
+
+
 def format_plan(subgoal, switch):
     """The switch and subgoal blocks as text."""
     word = "SWITCH" if switch else "KEEP"
-    return f"<switch>{word}</switch><subgoal>{subgoal or 'None'}</subgoal>"
+    return f"<switch>{word}</switch><subgoal>{shown(subgoal)}</subgoal>"
 
 
 def format_response(switch, subgoal, action):
@@ -112,6 +117,13 @@ class Decision(NamedTuple):
     action: str  # a
     valid: bool
     error: str  # "" when valid, else what is wrong, in a few words
+
+    def drifts(self, carried):
+        """Whether it is valid and names another subgoal than the carried one, as prompts show it.
+
+        A flat response names none.
+        """
+        return self.valid and self.subgoal not in ("", shown(carried))
 
 
 def parse(text):

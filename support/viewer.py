@@ -250,11 +250,7 @@ def _turn(turn, old, n, samples, tokenizer, texts, tokens):
         "start": bool(turn.is_segment_start),
         "switch": bool(decision.switch),
         "subgoal": turn.subgoal,
-        "drift": bool(
-            decision.valid
-            and decision.subgoal
-            and decision.subgoal != (turn.subgoal or "None")  # as the prompt shows it
-        ),
+        "drift": decision.drifts(turn.subgoal),
         "action": decision.action,
         "error": decision.error,
         "reward": _round(turn.reward),

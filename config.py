@@ -174,9 +174,14 @@ class Config:
         """Whether V_low(s_t, o_{t-1}) is needed: the value of keeping the carried subgoal."""
         return self.method == "hiper" and self.switch_advantage == "closed_form"
 
+    @property
+    def drawn_tasks(self):
+        """How many tasks an iteration draws, each for `group_size` episodes."""
+        return self.episodes // self.group_size
+
     def slots(self, processes):
         """Episodes that each of `processes` plays at once in training: at most its share."""
-        draws = math.ceil(self.episodes // self.group_size / processes)
+        draws = math.ceil(self.drawn_tasks / processes)
         return min(self.num_envs, draws * self.group_size)
 
     @property

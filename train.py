@@ -147,7 +147,7 @@ def start_iteration(run, iteration):
 def draw_tasks(run, iteration):
     """This process's share of the iteration's tasks; the episodes of one draw stay together."""
     config, accelerator = run.config, run.accelerator
-    drawn = task_sampling.draw(run, iteration, config.episodes // config.group_size)
+    drawn = task_sampling.draw(run, iteration, config.drawn_tasks)
     mine = drawn[accelerator.process_index :: accelerator.num_processes]
     return [task for task in mine for _ in range(config.group_size)]
 

@@ -78,8 +78,7 @@ def _check_keep_penalties(penalties):
 
 def check_processes(config, accelerator):
     """ConfigError where a run's processes have no episodes, or shard what cannot be sharded."""
-    tasks = config.episodes // config.group_size
-    if tasks < accelerator.num_processes:
+    if config.drawn_tasks < accelerator.num_processes:
         raise ConfigError(
             f"--episodes {config.episodes} in groups of {config.group_size} leave some of "
             f"the {accelerator.num_processes} processes without one"

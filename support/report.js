@@ -14,7 +14,7 @@ function show(value, unit) {
 
 // A line as the group's curve is drawn.
 function drawKey(group, parent) {
-  const key = svg("svg", {class: "line", width: 22, height: 4}, parent);
+  const key = svg("svg", {class: "line"}, parent);
   svg("line", {x2: 22, y1: 2, y2: 2, style: `stroke: ${colour(group)}; stroke-width: 3; stroke-dasharray: ${dash(group)}`}, key);
 }
 

@@ -22,7 +22,6 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import envs
@@ -607,7 +606,7 @@ def test_moments_in_8_bits_learn_and_go_on(trained, tmp_path):
 def test_training_begins_with_the_clone_s_value_heads(trained):
     config, *_ = load_run(trained.out)
     policy, *_ = load_policy(config, trained.out, None, Accelerator(cpu=True))
-    heads = load_file(trained.out / "start" / HEADS)
+    heads = safetensors.torch.load_file(trained.out / "start" / HEADS)
     assert heads["weight"].abs().max() > 0
     assert same(policy.value_heads.state_dict(), heads)
 
